@@ -1,0 +1,173 @@
+"""santa_decode: shapes, validation and dispatch of one decode step."""
+
+from __future__ import annotations
+
+import torch
+
+from . import reference
+from .config import ESTIMATORS, KERNELS
+from .rng import MAX_LAYERS
+
+__all__ = ["santa_decode"]
+
+
+def santa_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    samples: int = 128,
+    estimator: str = "systematic",
+    scaling: float | None = None,
+    mask: torch.Tensor | None = None,
+    seed: int | torch.Tensor = 0,
+    layer: int = 0,
+    position: torch.Tensor | None = None,
+    head_offset: int = 0,
+    kernel: str = "auto",
+) -> torch.Tensor:
+    """Attention of one query token per row over a KV cache, by drawing value rows (arXiv 2605.01910).
+
+    An unbiased estimate of `softmax(query key^T * scaling) value`: every visible key is read, and
+    about `samples` value rows per query head. Randomness is a pure function of (seed, layer, query
+    head, position): the same call gives the same draws, and torch's generator is not touched.
+
+    Args:
+        query: (B, H, 1, D), float16, bfloat16, float32 or float64.
+        key: (B, KVH, N, D), the dtype of `query`, any strides with a unit last stride; H is a
+            multiple of KVH.
+        value: (B, KVH, N, Dv), likewise.
+        samples: draws per query head, at least 1. With kernel "flash", the total over tiles.
+        estimator: "systematic", "stratified", "multinomial" or "dense" (exact).
+        scaling: softmax scale; None for D ** -0.5.
+        mask: bool, broadcastable to (B, 1, 1, N), True where a key is visible; None if all are.
+        seed: int in [0, 2**63), or int64 (B,), one per row.
+        layer: index of the layer; layers never share draws.
+        position: int64 (B,), 0-based position of the query token; None for the index of each row's
+            last visible key.
+        head_offset: index of the first query head here within the whole layer (sharded heads).
+        kernel: "auto", "reference" and "prop" draw by one grid over the row and agree for one seed;
+            "flash" gives every tile of 256 keys ceil(samples / tiles) draws. An explicit choice
+            that cannot run here raises.
+
+    Returns:
+        (B, H, 1, Dv) in query's dtype. As with SDPA, a row with no visible key is zero and a NaN
+        in a visible score makes the head's output NaN.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or value; the message names it.
+        NotImplementedError: the kernel asked for cannot run on these tensors.
+    """
+    mask, position, seed = _validate(
+        query, key, value, samples, estimator, mask, seed, layer, position, head_offset, kernel
+    )
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    if kernel in ("prop", "flash"):
+        raise NotImplementedError(
+            f"kernel={kernel!r} is a Triton kernel that this version does not have; "
+            "use 'auto' or 'reference'"
+        )
+    return reference.decode(
+        query,
+        key,
+        value,
+        samples=samples,
+        estimator=estimator,
+        scaling=scaling,
+        mask=mask,
+        seed=seed,
+        layer=layer,
+        position=position,
+        head_offset=head_offset,
+    )
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def _validate(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    samples: int,
+    estimator: str,
+    mask: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    layer: int,
+    position: torch.Tensor | None,
+    head_offset: int,
+    kernel: str,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int | torch.Tensor]:
+    """Check every argument; returns mask as (1 or B, 1, 1, N), position and seed on query's device."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in _DTYPES or tensor.dtype != query.dtype:
+            raise TypeError(
+                f"query, key and value must share one of {', '.join(map(str, _DTYPES))}; "
+                f"{name} has {tensor.dtype}, query {query.dtype}"
+            )
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}")
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must have a unit last stride, got {tensor.stride()}")
+    batch, heads, queries, dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    if queries != 1:
+        raise ValueError(f"query must hold one token per row, (B, H, 1, D), got {queries} tokens")
+    if key.shape != (batch, kv_heads, length, dim):
+        raise ValueError(f"key must be ({batch}, KVH, N, {dim}), got {tuple(key.shape)}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value must be ({batch}, {kv_heads}, {length}, Dv), got {tuple(value.shape)}"
+        )
+    if length == 0 or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"query heads must be a multiple of KV heads and N at least 1, "
+            f"got H={heads}, KVH={kv_heads}, N={length}"
+        )
+    for name, choice, allowed in (
+        ("estimator", estimator, ESTIMATORS),
+        ("kernel", kernel, KERNELS),
+    ):
+        if choice not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {choice!r}")
+    _integer("samples", samples, 1, 2**24)
+    _integer("layer", layer, 0, MAX_LAYERS - 1)
+    _integer("head_offset", head_offset, 0, 2**31 - 1)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool with True for visible keys, got {mask.dtype}")
+        try:
+            mask = mask.view([1] * (4 - mask.ndim) + list(mask.shape))
+            shape = torch.broadcast_shapes(mask.shape, (batch, 1, 1, length))
+        except RuntimeError:
+            shape = mask.shape
+        if tuple(shape) != (batch, 1, 1, length):
+            raise ValueError(
+                f"mask must broadcast to ({batch}, 1, 1, {length}), got {tuple(mask.shape)}"
+            )
+        mask = mask.to(query.device).expand(-1, 1, 1, length)
+    if position is not None:
+        position = _per_row("position", position, batch, query.device)
+    if isinstance(seed, torch.Tensor):
+        return mask, position, _per_row("seed", seed, batch, query.device)
+    _integer("seed", seed, 0, 2**63 - 1)
+    return mask, position, seed
+
+
+def _per_row(name: str, tensor: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
+    if tensor.dtype != torch.int64 or tensor.shape != (batch,):
+        raise ValueError(
+            f"{name} must be int64 of shape ({batch},), got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    return tensor.to(device)

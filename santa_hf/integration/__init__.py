@@ -1,0 +1,1 @@
+"""The Transformers side: attention and mask functions, registration, configuration on a model."""

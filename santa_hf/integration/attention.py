@@ -1,0 +1,271 @@
+"""The attention and mask functions that `attn_implementation="santa"` resolves to.
+
+A call with one query token per row is a decode step and is sampled; anything else is dense by design.
+A decode step that cannot be sampled goes to the exact path of the model's own kind, is counted, and
+warns once per reason, or raises under `strict`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .. import reference
+from ..config import LayerConfig, SantaConfig
+from ..functional import santa_decode
+from ..stats import counting_value_rows, layer_stats, warn_once
+from .configure import layer_config
+
+__all__ = ["santa_attention", "santa_mask"]
+
+# Registered under the same name as the attention function: without it Transformers passes no mask at
+# all, and padding is silently attended to.
+santa_mask = sdpa_mask
+
+
+def santa_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    santa: SantaConfig | Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention function of Transformers' AttentionInterface.
+
+    Args:
+        module: the attention layer; its `layer_idx` and `config` are read.
+        query: (B, H, q, D). key, value: (B, KVH, N, D), (B, KVH, N, Dv).
+        attention_mask: bool (B or 1, 1, q, N), True where visible, or None.
+        santa: overrides for this call alone, the `santa=` keyword of the model's forward.
+
+    Returns:
+        (B, q, H, Dv) contiguous, and the attention weights where the caller asked for them (dense), else
+        None.
+    """
+    exact = (module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    counters = layer_stats(module)
+    if query.shape[2] != 1:
+        counters.multi_token += 1
+        return _exact_attention(*exact)
+
+    config = layer_config(module, santa)
+    reason = _why_not_sampled(module, query, key, value, attention_mask, dropout, kwargs)
+    if config.estimator == "dense":
+        counters.dense += 1
+        if reason is not None:
+            return _exact_attention(*exact)
+    elif reason is not None:
+        counters.fallbacks[reason] += 1
+        if config.strict:
+            raise NotImplementedError(
+                f"layer {getattr(module, 'layer_idx', None)} of {type(module).__name__} cannot be "
+                f"sampled under strict=True: {reason}"
+            )
+        warn_once(
+            reason,
+            f"santa_hf: {type(module).__name__} decodes with exact attention: {reason}. "
+            "This is counted in santa_hf.stats(model) and not repeated.",
+        )
+        return _exact_attention(*exact)
+
+    out = _decode(module, query, key, value, attention_mask, scaling, config, kwargs)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _decode(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    config: LayerConfig,
+    kwargs: Mapping[str, Any],
+) -> torch.Tensor:
+    """One decode step as configured: (B, H, 1, Dv)."""
+    counters = layer_stats(module)
+    if config.estimator == "dense":
+        return santa_decode(
+            query, key, value, mask=mask, scaling=scaling, estimator="dense", kernel=config.kernel
+        )
+    batch, heads = query.shape[:2]
+    position = _position(batch, kwargs)
+    short = _short_rows(mask, key.shape[2], batch, config.min_context)
+    if short is not None:
+        dense = reference.dense(
+            query,
+            key,
+            value,
+            mask=mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        )
+        if bool(short.all()):
+            counters.dense += 1
+            return dense
+    counters.sampled += 1
+    counters.samples += config.samples * heads * (batch if short is None else int((~short).sum()))
+    out = santa_decode(
+        query,
+        key,
+        value,
+        samples=config.samples,
+        estimator=config.estimator,
+        scaling=scaling,
+        mask=mask,
+        seed=config.seed,
+        layer=module.layer_idx,
+        position=position,
+        kernel=config.kernel,
+    )
+    if counting_value_rows():
+        _count_rows(module, query, key, mask, scaling, config, position)
+    return out if short is None else torch.where(short.view(-1, 1, 1, 1), dense, out)
+
+
+def _exact_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the model computes without this package: SDPA, or its own eager function where SDPA
+    would ignore a feature (soft-capped scores, attention sinks) or attention weights are asked for."""
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if softcap is None and sinks is None and not kwargs.get("output_attentions"):
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("softcap", "s_aux")}
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise NotImplementedError(
+            f"{type(module).__name__} asks for softcap={softcap!r}, attention sinks or attention "
+            "weights, and its model file has no eager_attention_forward to compute them"
+        )
+    queries = query.shape[2]
+    if mask is None and queries > 1 and getattr(module, "is_causal", True):
+        # Without a mask, queries attend causally to an equal number of keys; a static cache that
+        # was empty before holds unfilled slots after them.
+        key, value = key[:, :, :queries], value[:, :, :queries]
+        mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        hidden = torch.finfo(query.dtype).min
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, hidden)
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _why_not_sampled(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    kwargs: Mapping[str, Any],
+) -> str | None:
+    """Why this decode call cannot be sampled, in the words of the warning; None if it can."""
+    if kwargs.get("cache") is not None:
+        return "continuous batching is not supported"
+    if kwargs.get("softcap") is not None:
+        return "scores are soft-capped"
+    if kwargs.get("s_aux") is not None:
+        return "the layer has attention sinks"
+    if kwargs.get("position_bias") is not None:
+        return "scores carry a position bias"
+    if kwargs.get("output_attentions"):
+        return "attention weights were asked for"
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        return "the layer is not causal (cross-attention or an encoder)"
+    if module.training or dropout:
+        return "the model is in training mode"
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ):
+        return "autograd needs a gradient"
+    if getattr(module, "layer_idx", None) is None:
+        return "the layer has no layer_idx, and layers must not share draws"
+    if query.dtype != key.dtype or query.dtype != value.dtype:
+        return "query and cache have different dtypes"
+    heads = getattr(module.config, "num_attention_heads", query.shape[1])
+    if query.shape[1] != heads:
+        return "the heads of the layer are sharded"
+    if mask is not None and not (
+        isinstance(mask, torch.Tensor)
+        and mask.dtype == torch.bool
+        and mask.ndim == 4
+        and mask.shape[0] in (1, query.shape[0])
+        and mask.shape[1:] == (1, 1, key.shape[2])
+    ):
+        return "the mask is not a boolean row per sequence"
+    if kwargs.get("sliding_window") is not None and _position(1, kwargs) is None:
+        # The index of the last visible key saturates in a full window: every step would draw alike.
+        return "a sliding layer was called without position_ids"
+    return None
+
+
+def _position(batch: int, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Position of this step's token in each row, (B,), from position_ids (B or 1, 1)."""
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != 1:
+        return None
+    return position_ids[:, 0].expand(batch) if position_ids.shape[0] == 1 else position_ids[:, 0]
+
+
+def _short_rows(
+    mask: torch.Tensor | None, length: int, batch: int, min_context: int
+) -> torch.Tensor | None:
+    """Rows that see fewer keys than `min_context`, bool (B,); None if there are none.
+
+    Decided row by row, so that a sequence is treated alike alone and in a batch.
+    """
+    if min_context <= 0 or (mask is None and length >= min_context):
+        return None
+    if mask is None:
+        return torch.ones(batch, dtype=torch.bool)
+    short = (mask.sum(-1) < min_context).view(-1).expand(batch)
+    return short if bool(short.any()) else None
+
+
+def _count_rows(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    config: LayerConfig,
+    position: torch.Tensor | None,
+) -> None:
+    """Repeat the draws of a sampled call in the reference and count the value rows they read."""
+    batch, kv_heads, length = key.shape[:3]
+    draws = reference.draw(
+        query,
+        key,
+        samples=config.samples,
+        estimator=config.estimator,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        mask=mask,
+        seed=config.seed,
+        layer=module.layer_idx,
+        position=position,
+        allocation="tile" if config.kernel == "flash" else "global",
+    )
+    visible = batch * length if mask is None else int(mask.expand(batch, -1, -1, -1).sum())
+    counters = layer_stats(module)
+    counters.rows_read += int(draws.rows_read(length))
+    counters.rows_visible += visible * kv_heads

@@ -1,0 +1,91 @@
+"""SantaConfig on a model: it lives as a plain dict in the text config, and is resolved per layer.
+
+Precedence, highest first: the `santa=` keyword of a forward call, the model's `config.santa`, the
+file named by SANTA_HF_CONFIG, the defaults of `SantaConfig`.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from ..config import LayerConfig, SantaConfig, environment_config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+__all__ = ["configure", "layer_config"]
+
+
+def configure(
+    model: PreTrainedModel, config: SantaConfig | Mapping[str, Any] | str | os.PathLike[str]
+) -> SantaConfig:
+    """Set how the attention layers of `model` are sampled; takes effect at the next step.
+
+    Args:
+        model: a model loaded with `attn_implementation="santa"`.
+        config: a SantaConfig, a mapping of its fields, or the path of a YAML file.
+
+    Returns:
+        The validated configuration, which `save_pretrained` stores with the model.
+
+    Raises:
+        TypeError, ValueError: `config` is not valid, names a layer that the model lacks, or the
+            model does not use the "santa" attention.
+        FileNotFoundError: the YAML file does not exist.
+    """
+    if isinstance(config, (str, os.PathLike)):
+        config = SantaConfig.from_yaml(config)
+    elif not isinstance(config, SantaConfig):
+        config = SantaConfig.from_dict(config)
+    text_config = model.config.get_text_config(decoder=True)
+    if text_config._attn_implementation != "santa":
+        raise ValueError(
+            f"the model's attention is {text_config._attn_implementation!r}, so a santa configuration "
+            'would do nothing; load it with attn_implementation="santa" or call '
+            'model.set_attn_implementation("santa")'
+        )
+    config.check_layers(text_config.num_hidden_layers)
+    text_config.santa = config.to_dict()
+    return config
+
+
+_Source = tuple[Any, Any, int]
+_resolved: WeakKeyDictionary[torch.nn.Module, tuple[_Source, LayerConfig]] = WeakKeyDictionary()
+
+
+def layer_config(
+    module: torch.nn.Module, override: SantaConfig | Mapping[str, Any] | None = None
+) -> LayerConfig:
+    """The settings of an attention layer for this call, by the precedence of this module."""
+    stored = getattr(module.config, "santa", None)
+    if override is not None:
+        if not isinstance(override, SantaConfig):
+            override = _model_config(module, stored).merged(override)
+        return override.for_layer(module.layer_idx)
+    # Resolved once and again whenever the dict on the config or the environment changes: a decode
+    # step costs a comparison, not a validation.
+    source = (stored, os.environ.get("SANTA_HF_CONFIG"), getattr(module, "layer_idx", None) or 0)
+    known = _resolved.get(module)
+    if known is None or known[0] != source:
+        config = _model_config(module, stored).for_layer(source[2])
+        known = (copy.deepcopy(source), config)
+        _resolved[module] = known
+    return known[1]
+
+
+def _model_config(module: torch.nn.Module, stored: Mapping[str, Any] | None) -> SantaConfig:
+    if stored is None:
+        return environment_config() or SantaConfig()
+    try:
+        config = SantaConfig.from_dict(stored)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"the model's config.santa: {error}") from error
+    num_layers = getattr(module.config, "num_hidden_layers", None)
+    if num_layers is not None:
+        config.check_layers(num_layers)
+    return config

@@ -1,0 +1,341 @@
+"""Every estimator in plain PyTorch: the oracle the kernels are checked against, and the CPU path.
+
+Decode attention is `o = sum_i p_i v_i` with `p = softmax(q K^T * scaling)` over the visible keys.
+SANTA (arXiv 2605.01910) draws indices from `p` and averages those rows of V, so that `E[o_hat] = o`
+while only about `samples` value rows are read. Two facts define the draws:
+
+* The visible keys of a row are cut into tiles of `TILE` keys, counted from its first visible key, so
+  that left padding and unfilled cache slots change nothing.
+* A draw picks a tile by the cumulative mass of the tiles (float64), then a row by the cumulative
+  weight inside the tile. How the points are spread over that mass is the estimator:
+
+  =============  =======================================================================
+  `multinomial`  S independent points
+  `stratified`   one point in each of S equal strata
+  `systematic`   one grid (k + u) / S fixes the number of draws n_t of each tile; inside a
+                 tile the points are (j + u_t) / n_t, with an offset u_t of its own
+  =============  =======================================================================
+
+  With the fixed budget per tile (`allocation="tile"`) every tile of `FIXED_TILE` keys gets
+  ceil(samples / tiles) draws, and tiles are merged by their mass.
+
+Scores are computed in float32 (float64 for float64 inputs); memory beyond the inputs is O(H N).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from .rng import Stream, uniform
+
+__all__ = ["FIXED_TILE", "TILE", "Draws", "decode", "dense", "draw"]
+
+TILE = 128
+FIXED_TILE = 256
+
+# 16-bit rows are widened a block at a time: 2048 of them stay in cache, and the upcast costs no
+# traffic (bf16, H=32, KVH=8, D=128, N=32k, 2 cores: 6 ms in such blocks, 50 ms in blocks of 8192).
+_BLOCK = 2048
+# A gathered value row costs about as much as streaming this many (same shape, fp32: 1.5 ms for 4096
+# rows against 5 ms for all 262144).
+_GATHER_COST = 8
+_BELOW_ONE = 1.0 - 2.0**-53
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The value rows an estimator reads, and their weights.
+
+    Attributes:
+        index: int64 (B, KVH, G, S), key indices in [0, N).
+        weight: float64, broadcastable to `index`; zero where a place holds no draw.
+        mass: float64 (B, KVH, G, 1), the unnormalised softmax mass: 0 if no key is visible, NaN if
+            a visible score is NaN or +inf.
+    """
+
+    index: torch.Tensor
+    weight: torch.Tensor
+    mass: torch.Tensor
+
+    def counts(self, length: int) -> torch.Tensor:
+        """Draws of each key: int64 (B, KVH, G, length)."""
+        drawn = (self.weight != 0).expand_as(self.index).long()
+        return drawn.new_zeros(*self.index.shape[:3], length).scatter_add_(3, self.index, drawn)
+
+    def rows_read(self, length: int) -> torch.Tensor:
+        """Distinct value rows read, summed over batch and KV heads: int64 scalar.
+
+        The query heads of a group share a row, so it counts once per KV head.
+        """
+        drawn = (self.weight != 0).expand_as(self.index).flatten(2)
+        read = self.index.new_zeros(*self.index.shape[:2], length)
+        return read.scatter_reduce_(2, self.index.flatten(2), drawn.long(), "amax").sum()
+
+
+@dataclass(frozen=True)
+class _TiledSoftmax:
+    """Unnormalised softmax in tiles: `cdf` (B, KVH, G, T, tile) runs inside a tile relative to the
+    tile's own maximum, `mass` float64 (B, KVH, G, T) is relative to the row's maximum, `span` (B,) is
+    the number of keys from the first to the last visible one, and `first` (B,) the first."""
+
+    cdf: torch.Tensor
+    mass: torch.Tensor
+    first: torch.Tensor
+    span: torch.Tensor
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    """query (B, KVH, G, D), key (B, KVH, N, D) -> scaled scores (B, KVH, G, N), float32 or float64."""
+    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+    length = key.shape[2]
+    # Keys as the left operand: twice as fast as q @ k^T for a handful of query rows on a CPU. Rows of
+    # the batch go one at a time, since folding batch and heads would copy a transposed cache.
+    columns = (query.to(dtype) * scaling).transpose(-1, -2)
+    scores = columns.new_empty(*query.shape[:3], length)
+    if key.dtype == dtype:
+        for row, column, score in zip(key, columns, scores, strict=True):
+            score.copy_((row @ column).transpose(-1, -2))
+        return scores
+    block = min(_BLOCK, length)
+    wide = columns.new_empty(key.shape[1], block, key.shape[3])
+    for row, column, score in zip(key, columns, scores, strict=True):
+        for start in range(0, length, block):
+            keys = row[:, start : start + block]
+            keys = wide[:, : keys.shape[1]].copy_(keys)
+            score[:, :, start : start + block] = (keys @ column).transpose(-1, -2)
+    return scores
+
+
+def _visible_span(
+    mask: torch.Tensor | None, batch: int, length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First visible key and number of keys up to the last visible one: two int64 (B,)."""
+    if mask is None:
+        first = torch.zeros(batch, dtype=torch.int64, device=device)
+        return first, torch.full_like(first, length)
+    row = mask[:, 0, 0].expand(batch, length)
+    first = row.byte().argmax(-1)
+    span = length - row.flip(-1).byte().argmax(-1) - first
+    return first, torch.where(row.any(-1), span, 0)
+
+
+def _tiled_softmax(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float, tile: int
+) -> _TiledSoftmax:
+    batch, _, length, _ = key.shape
+    first, span = _visible_span(mask, batch, length, key.device)
+    if mask is None:
+        scores = _scores(query, key, scaling)
+    else:
+        # Score only what some row can see: unfilled slots of a static cache cost nothing.
+        low, high = int(first.min()), max(int((first + span).max()), int(first.min()) + 1)
+        scores = _scores(query, key[:, :, low:high], scaling)
+        scores = scores.masked_fill_(~mask[..., low:high], -torch.inf)
+        shift = first - low
+        if bool(shift.any()):  # rows start at different keys: bring each first key to the front
+            source = shift[:, None] + torch.arange(high - low, device=key.device)
+            past_end = (source >= high - low)[:, None, None]
+            source = source.clamp(max=high - low - 1)[:, None, None].expand_as(scores)
+            scores = scores.gather(3, source).masked_fill_(past_end, -torch.inf)
+    scores = pad(scores, (0, -scores.shape[-1] % tile), value=-torch.inf).unflatten(-1, (-1, tile))
+    top = scores.amax(-1)
+    scores = scores.sub_(top.masked_fill(top == -torch.inf, 0.0)[..., None]).exp_()
+    cdf = scores.cumsum_(-1)
+    top = top.double()
+    peak = top.amax(-1, keepdim=True)
+    mass = (top - peak.masked_fill(peak == -torch.inf, 0.0)).exp() * cdf[..., -1]
+    return _TiledSoftmax(cdf, mass, first, span)
+
+
+def _invert_tile(cdf: torch.Tensor, tile: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
+    """Rows at which the CDF of a tile passes a fraction of the tile's weight.
+
+    cdf (B, KVH, G, T, tile); tile int64 and fraction float64 (B, KVH, G, S). Returns int64
+    (B, KVH, G, S): the number of entries not above the point, by binary search. The point is kept
+    strictly below the whole weight, so only a row that has weight is found.
+    """
+    width = cdf.shape[-1]
+    flat = cdf.flatten(-2)
+    base = tile * width
+    whole = flat.gather(-1, base + width - 1).double()
+    point = torch.minimum(fraction * whole, whole * (1.0 - 2.0**-52))
+    row = torch.zeros_like(tile)
+    step = width // 2
+    while step:
+        row += step * (flat.gather(-1, base + row + (step - 1)) <= point)
+        step //= 2
+    return row
+
+
+def _draw_global(
+    softmax: _TiledSoftmax,
+    estimator: str,
+    samples: int,
+    coordinates: tuple[int | torch.Tensor, int, torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draws over the whole row: tile and fraction (B, KVH, G, S), weight ()."""
+    prefix = softmax.mass.cumsum(-1)
+    total = prefix[..., -1:]
+    # Divided by its own last entry, or the number of draws would not be S.
+    prefix = torch.where(total > 0, prefix / total, 1.0)
+    k = torch.arange(samples, device=prefix.device)
+    if estimator == "systematic":
+        offset = uniform(*coordinates, k[:1], Stream.GRID)
+        end = (prefix * samples - offset).ceil().long().clamp_(0, samples)
+        end[..., -1] = samples
+        k = k.expand(*end.shape[:3], samples)
+        tile = torch.searchsorted(end, k.contiguous(), right=True)
+        start = pad(end, (1, 0)).gather(-1, tile)
+        within = uniform(*coordinates, tile, Stream.TILE)
+        fraction = (k - start + within) / (end.gather(-1, tile) - start)
+    else:
+        point = uniform(*coordinates, k, Stream.SAMPLE)
+        if estimator == "stratified":
+            point = (k + point) / samples
+        point = point.expand(*prefix.shape[:3], samples).clamp(max=_BELOW_ONE)
+        tile = torch.searchsorted(prefix, point.contiguous(), right=True)
+        start = pad(prefix, (1, 0)).gather(-1, tile)
+        fraction = (point - start) / (prefix.gather(-1, tile) - start)
+    return tile, fraction, prefix.new_tensor(1.0 / samples)
+
+
+def _draw_per_tile(
+    softmax: _TiledSoftmax,
+    estimator: str,
+    samples: int,
+    coordinates: tuple[int | torch.Tensor, int, torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A fixed number of draws in every tile: tile, fraction, weight (B, KVH, G, T * draws)."""
+    mass = softmax.mass
+    tiles = (softmax.span + FIXED_TILE - 1).div(FIXED_TILE, rounding_mode="floor").clamp(min=1)
+    draws = (samples + tiles - 1).div(tiles, rounding_mode="floor").view(-1, 1, 1, 1)
+    t = torch.arange(mass.shape[-1], device=mass.device).repeat_interleave(int(draws.max()))
+    j = torch.arange(int(draws.max()), device=mass.device).repeat(mass.shape[-1])
+    if estimator == "systematic":
+        fraction = (j + uniform(*coordinates, t, Stream.FIXED_TILE)) / draws
+    else:
+        fraction = uniform(*coordinates, t * draws + j, Stream.FIXED_SAMPLE)
+        if estimator == "stratified":
+            fraction = (j + fraction) / draws
+    tile = t.expand(*mass.shape[:3], -1)
+    weight = (mass / mass.sum(-1, keepdim=True) / draws)[..., t]
+    return tile, fraction.expand_as(weight), torch.where(j < draws, weight, 0.0)
+
+
+def draw(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    samples: int,
+    estimator: str,
+    scaling: float,
+    mask: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    layer: int,
+    position: torch.Tensor | None,
+    head_offset: int = 0,
+    allocation: Literal["global", "tile"] = "global",
+) -> Draws:
+    """Draw value rows from the softmax of one decode step; arguments as in `santa_decode`.
+
+    `allocation="global"` spreads the draws over the whole row, "tile" gives every tile of
+    `FIXED_TILE` keys the same number (the paper's fused kernel, section on S2ANTA-flash).
+    """
+    batch, heads, _, _ = query.shape
+    kv_heads, length = key.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, -1)
+    tile_size, draw_points = (
+        (TILE, _draw_global) if allocation == "global" else (FIXED_TILE, _draw_per_tile)
+    )
+    softmax = _tiled_softmax(grouped, key, mask, scaling, tile_size)
+    if position is None:
+        position = softmax.first + softmax.span - 1
+    head = torch.arange(head_offset, head_offset + heads, device=key.device)
+    if isinstance(seed, torch.Tensor):
+        seed = seed.view(-1, 1, 1, 1)
+    coordinates = (seed, layer, head.view(1, kv_heads, -1, 1), position.view(-1, 1, 1, 1))
+    tile, fraction, weight = draw_points(softmax, estimator, samples, coordinates)
+    index = _invert_tile(softmax.cdf, tile, fraction)
+    index += tile * tile_size + softmax.first.view(-1, 1, 1, 1)
+    mass = softmax.mass.sum(-1, keepdim=True)
+    return Draws(index.clamp_(max=length - 1), weight, mass)
+
+
+def average(value: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Weighted sum of the drawn rows of `value` (B, KVH, N, Dv): (B, H, 1, Dv), float32 or float64.
+
+    Zero where no key is visible and NaN where a visible score is NaN, as SDPA does.
+    """
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    batch, kv_heads, group, samples = draws.index.shape
+    length = value.shape[2]
+    weight = draws.weight.to(dtype).expand_as(draws.index)
+    if group * samples * _GATHER_COST <= length:
+        b = torch.arange(batch, device=value.device).view(-1, 1, 1, 1)
+        h = torch.arange(kv_heads, device=value.device).view(1, -1, 1, 1)
+        out = weight.unsqueeze(-2) @ value[b, h, draws.index].to(dtype)
+    else:
+        rows = weight.new_zeros(batch, kv_heads, group, length)
+        rows.scatter_add_(3, draws.index, weight)
+        out = weight.new_zeros(batch, kv_heads, group, value.shape[-1])
+        for start in range(0, length, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            for total, row, v in zip(out, rows, value, strict=True):
+                total += row[..., block] @ v[:, block].to(dtype)
+        out = out.unsqueeze(-2)
+    mass = draws.mass[..., None]
+    out = torch.where(mass > 0, out, mass.to(dtype))
+    return out.view(batch, kv_heads * group, 1, -1)
+
+
+def dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Exact decode attention on grouped queries, without repeating heads: (B, H, 1, Dv)."""
+    batch, heads, _, _ = query.shape
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], -1)
+    out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, heads, 1, value.shape[-1])
+
+
+def decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    samples: int,
+    estimator: str,
+    scaling: float,
+    mask: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    layer: int,
+    position: torch.Tensor | None,
+    head_offset: int = 0,
+    allocation: Literal["global", "tile"] = "global",
+) -> torch.Tensor:
+    """One decode step of any estimator; arguments and result as in `santa_decode`."""
+    if estimator == "dense":
+        return dense(query, key, value, scaling=scaling, mask=mask)
+    draws = draw(
+        query,
+        key,
+        samples=samples,
+        estimator=estimator,
+        scaling=scaling,
+        mask=mask,
+        seed=seed,
+        layer=layer,
+        position=position,
+        head_offset=head_offset,
+        allocation=allocation,
+    )
+    return average(value, draws).to(query.dtype)
