@@ -1,0 +1,1 @@
+"""Evaluation and benchmarks of santa_hf, run from a checkout as `python -m eval COMMAND`."""

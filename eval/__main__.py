@@ -1,0 +1,26 @@
+"""The command line: `python -m eval COMMAND`."""
+
+from __future__ import annotations
+
+import sys
+
+from . import __doc__ as description
+from .cli import Command, CommandError, run_command
+
+COMMANDS = {
+    "demo": Command("eval.demo", "RULER on SmolLM2-135M, dense and sampled, in a few minutes"),
+    "convert": Command("eval.smollm2", "unpack SmolLM2-135M-Instruct into a model directory"),
+    "bench": Command("eval.bench", "benchmarks"),
+}
+
+
+def main() -> None:
+    """Run the command named on the command line."""
+    try:
+        run_command("python -m eval", description, COMMANDS, sys.argv[1:])
+    except CommandError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
