@@ -50,12 +50,14 @@ def philox4x32(
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2**32).
     """
+    k0, k1 = torch.broadcast_tensors(*key)
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    shape = torch.broadcast_shapes(c0.shape, k0.shape)
+    c0, c1, c2, c3 = (word.expand(shape) for word in (c0, c1, c2, c3))
     # Both multiplications of a round are done at once, on a leading axis of two.
     even, odd = torch.stack((c0, c2)), torch.stack((c3, c1))
     multiplier = even.new_tensor(_MULTIPLIERS).view(2, *[1] * c0.ndim)
     schedule = even.new_tensor([[i * w & _WORD for w in _WEYL[::-1]] for i in range(_ROUNDS)])
-    k0, k1 = torch.broadcast_tensors(*key)
     keys = torch.stack((k1, k0)).view(2, *[1] * (c0.ndim - k0.ndim), *k0.shape)
     keys = (keys + schedule.view(_ROUNDS, *multiplier.shape)) & _WORD
     for round_key in keys.unbind(0):
