@@ -7,9 +7,9 @@ evaluated at
     key      = (seed & 0xffffffff, seed >> 32)
     counter  = (index, position, head, layer | stream << 24)
 
-where `index` counts tiles or samples, `position` is the absolute 0-based position of the query token,
-`head` is the query head counted over the whole layer, and `stream` says what the uniform is for. Two
-uses with different coordinates are therefore independent, and layers never share draws.
+where `index` counts tiles or samples, `position` is the absolute 0-based position of the query
+token, `head` is the query head counted over the whole layer, and `stream` says what the uniform is
+for. Two uses with different coordinates are therefore independent, and layers never share draws.
 """
 
 from __future__ import annotations

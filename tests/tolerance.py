@@ -1,9 +1,9 @@
 """Every numeric bound of the tests, derived from the data of the case at hand.
 
 Two kinds. A *rounding budget* bounds what floating point may do to a quantity against float64
-(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1: a sum of n rounded terms
-is off by at most gamma_n times the sum of their absolute values). A *statistical bound* is the quantile
-that a correct implementation exceeds with probability `ALPHA` over the choice of the fixed seed.
+(Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1: a sum of n rounded
+terms is off by at most gamma_n times the sum of their absolute values). A *statistical bound* is the
+quantile that a correct implementation exceeds with probability `ALPHA` over the choice of the seed.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def score_budget(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
     """|error| of each score q.k * scaling computed in the working dtype: float64 (B, KVH, G, N).
 
-    query (B, KVH, G, D), key (B, KVH, N, D). The scaling, the products and the D - 1 additions round.
+    query (B, KVH, G, D), key (B, KVH, N, D). The scaling, the products and the additions round.
     """
     size = query.double().abs() @ key.double().abs().transpose(-1, -2) * abs(scaling)
     return gamma(query.shape[-1] + 2, working_dtype(query.dtype)) * size
 
 
-def softmax_budget(scores: torch.Tensor, budget: torch.Tensor, tile: int, dtype: torch.dtype):
-    """Bound on sum_i |p~_i - p_i| for a softmax computed in tiles: float64, scores' shape less the last.
+def softmax_budget(
+    scores: torch.Tensor, budget: torch.Tensor, tile: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Bound on sum_i |p~_i - p_i| for a softmax computed in tiles: float64, scores (..., N) -> (...).
 
     scores: exact float64 scores, -inf where masked; budget: `score_budget` of them. An error d in a
     score changes its weight by the factor exp(d), and the cumulative sum inside a tile adds up to
@@ -90,9 +92,9 @@ def assert_mean(
 ) -> None:
     """The mean over the first axis equals `expected` within the z bound plus an absolute floor.
 
-    estimates (R, ...): independent replicates. expected (...), variance (...): the analytic mean and
-    variance of one replicate. floor: what rounding may add; it keeps the statistic defined where the
-    variance is zero.
+    estimates (R, ...): independent replicates. expected (...), variance (...): the analytic mean
+    and variance of one replicate. floor: what rounding may add; it keeps the comparison defined
+    where the variance is zero.
     """
     error = (estimates.double().mean(0) - expected).abs()
     deviation = (variance / estimates.shape[0]).sqrt()
@@ -105,7 +107,7 @@ def assert_mean(
 
 
 def assert_uncorrelated(series: torch.Tensor) -> None:
-    """Uniforms on [0, 1), float64 (K, M), are pairwise uncorrelated: sqrt(M) r is nearly N(0, 1)."""
+    """Uniforms float64 (K, M) are pairwise uncorrelated: sqrt(M) r is nearly N(0, 1)."""
     centred = (series - 0.5) * math.sqrt(12)
     z = (centred @ centred.T) / math.sqrt(series.shape[1])
     pairs = torch.triu_indices(len(series), len(series), offset=1)
@@ -114,7 +116,7 @@ def assert_uncorrelated(series: torch.Tensor) -> None:
 
 
 def assert_uniform(series: torch.Tensor) -> None:
-    """Uniforms on [0, 1), float64 (M,), pass Kolmogorov-Smirnov and chi-square, each at ALPHA / 2."""
+    """Uniforms float64 (M,) pass Kolmogorov-Smirnov and chi-square, each at ALPHA / 2."""
     m = series.numel()
     ordered = series.flatten().sort().values
     grid = torch.arange(m + 1, dtype=torch.float64) / m
