@@ -98,7 +98,7 @@ class SantaConfig:
 
     def for_layer(self, layer: int) -> LayerConfig:
         """The settings of layer `layer`, overrides applied."""
-        values = {f.name: getattr(self, f.name) for f in fields(LayerConfig)}
+        values = {name: getattr(self, name) for name in _LAYER_FIELDS}
         return LayerConfig(**{**values, **self.layers.get(layer, {})})
 
     def merged(self, changes: Mapping[str, Any]) -> SantaConfig:
@@ -155,6 +155,7 @@ class SantaConfig:
 
 
 _FIELDS = tuple(f.name for f in fields(SantaConfig))
+_LAYER_FIELDS = tuple(f.name for f in fields(LayerConfig))
 _OVERRIDABLE = ("estimator", "samples", "kernel", "min_context")
 
 

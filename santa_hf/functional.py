@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import reference
+from . import ops, reference
 from .config import ESTIMATORS, KERNELS
 from .rng import MAX_LAYERS
 
@@ -63,6 +63,42 @@ def santa_decode(
     )
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    row_seed = seed if isinstance(seed, torch.Tensor) else None
+    run = ops.decode if torch.compiler.is_compiling() else _dispatch
+    return run(
+        query,
+        key,
+        value,
+        mask,
+        position,
+        row_seed,
+        seed=0 if isinstance(seed, torch.Tensor) else seed,
+        samples=samples,
+        estimator=estimator,
+        scaling=scaling,
+        layer=layer,
+        head_offset=head_offset,
+        kernel=kernel,
+    )
+
+
+def _dispatch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    position: torch.Tensor | None,
+    row_seed: torch.Tensor | None,
+    *,
+    seed: int,
+    samples: int,
+    estimator: str,
+    scaling: float,
+    layer: int,
+    head_offset: int,
+    kernel: str,
+) -> torch.Tensor:
+    """Run a validated decode step: the implementation of the operator, called directly in eager."""
     if kernel in ("prop", "flash"):
         raise NotImplementedError(
             f"kernel={kernel!r} is a Triton kernel that this version does not have; "
@@ -76,12 +112,14 @@ def santa_decode(
         estimator=estimator,
         scaling=scaling,
         mask=mask,
-        seed=seed,
+        seed=seed if row_seed is None else row_seed,
         layer=layer,
         position=position,
         head_offset=head_offset,
     )
 
+
+torch.library.impl("santa_hf::decode", "default", _dispatch)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -52,33 +53,52 @@ def santa_attention(
         None.
     """
     exact = (module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    counters = layer_stats(module)
     if query.shape[2] != 1:
-        counters.multi_token += 1
+        _count(module, "multi_token")
         return _exact_attention(*exact)
 
     config = layer_config(module, santa)
     reason = _why_not_sampled(module, query, key, value, attention_mask, dropout, kwargs)
     if config.estimator == "dense":
-        counters.dense += 1
+        _count(module, "dense")
         if reason is not None:
             return _exact_attention(*exact)
     elif reason is not None:
-        counters.fallbacks[reason] += 1
-        if config.strict:
-            raise NotImplementedError(
-                f"layer {getattr(module, 'layer_idx', None)} of {type(module).__name__} cannot be "
-                f"sampled under strict=True: {reason}"
-            )
-        warn_once(
-            reason,
-            f"santa_hf: {type(module).__name__} decodes with exact attention: {reason}. "
-            "This is counted in santa_hf.stats(model) and not repeated.",
-        )
+        _fall_back(module, reason, config.strict)
         return _exact_attention(*exact)
 
     out = _decode(module, query, key, value, attention_mask, scaling, config, kwargs)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _count(module: torch.nn.Module, calls: str, samples: int = 0) -> None:
+    """Count one call of the layer; a graph being traced is not a call."""
+    if not torch.compiler.is_compiling():
+        counters = layer_stats(module)
+        setattr(counters, calls, getattr(counters, calls) + 1)
+        counters.samples += samples
+
+
+def _fall_back(module: torch.nn.Module, reason: str, strict: bool) -> None:
+    """Count and announce that a decode call goes dense, or refuse it."""
+    if strict:
+        raise NotImplementedError(
+            f"layer {getattr(module, 'layer_idx', None)} of {type(module).__name__} cannot be "
+            f"sampled under strict=True: {reason}"
+        )
+    if not torch.compiler.is_compiling():
+        layer_stats(module).fallbacks[reason] += 1
+    _announce(type(module).__name__, reason)
+
+
+@torch.compiler.assume_constant_result
+def _announce(layer: str, reason: str) -> None:
+    """Warn once per reason; in a compiled graph this runs when it is traced."""
+    warn_once(
+        reason,
+        f"santa_hf: {layer} decodes with exact attention: {reason}. "
+        "This is counted in santa_hf.stats(model) and not repeated.",
+    )
 
 
 def _decode(
@@ -92,27 +112,24 @@ def _decode(
     kwargs: Mapping[str, Any],
 ) -> torch.Tensor:
     """One decode step as configured: (B, H, 1, Dv)."""
-    counters = layer_stats(module)
+    dense_step = partial(
+        santa_decode,
+        query,
+        key,
+        value,
+        mask=mask,
+        scaling=scaling,
+        estimator="dense",
+        kernel=config.kernel,
+    )
     if config.estimator == "dense":
-        return santa_decode(
-            query, key, value, mask=mask, scaling=scaling, estimator="dense", kernel=config.kernel
-        )
+        return dense_step()
     batch, heads = query.shape[:2]
+    short = _short_rows(mask, key.shape[2], config.min_context)
+    if short is True:
+        _count(module, "dense")
+        return dense_step()
     position = _position(batch, kwargs)
-    short = _short_rows(mask, key.shape[2], batch, config.min_context)
-    if short is not None:
-        dense = reference.dense(
-            query,
-            key,
-            value,
-            mask=mask,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        )
-        if bool(short.all()):
-            counters.dense += 1
-            return dense
-    counters.sampled += 1
-    counters.samples += config.samples * heads * (batch if short is None else int((~short).sum()))
     out = santa_decode(
         query,
         key,
@@ -122,13 +139,18 @@ def _decode(
         scaling=scaling,
         mask=mask,
         seed=config.seed,
-        layer=module.layer_idx,
+        layer=cast(int, module.layer_idx),
         position=position,
         kernel=config.kernel,
     )
-    if counting_value_rows():
-        _count_rows(module, query, key, mask, scaling, config, position)
-    return out if short is None else torch.where(short.view(-1, 1, 1, 1), dense, out)
+    if isinstance(short, torch.Tensor):
+        out = torch.where(short, dense_step(), out)
+    if not torch.compiler.is_compiling():
+        rows = batch if short is False else int((~short.expand(batch, 1, 1, 1)).sum())
+        _count(module, "sampled", config.samples * heads * rows)
+        if counting_value_rows():
+            _count_rows(module, query, key, mask, scaling, config, position)
+    return out
 
 
 def _exact_attention(
@@ -160,7 +182,7 @@ def _exact_attention(
         # Without a mask, queries attend causally to an equal number of keys; a static cache that
         # was empty before holds unfilled slots after them.
         key, value = key[:, :, :queries], value[:, :, :queries]
-        mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()[None, None]
+        mask = query.new_ones(1, 1, queries, queries, dtype=torch.bool).tril()
     if mask is not None and mask.dtype == torch.bool:
         hidden = torch.finfo(query.dtype).min
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, hidden)
@@ -227,19 +249,21 @@ def _position(batch: int, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     return position_ids[:, 0].expand(batch) if position_ids.shape[0] == 1 else position_ids[:, 0]
 
 
-def _short_rows(
-    mask: torch.Tensor | None, length: int, batch: int, min_context: int
-) -> torch.Tensor | None:
-    """Rows that see fewer keys than `min_context`, bool (B,); None if there are none.
+def _short_rows(mask: torch.Tensor | None, length: int, min_context: int) -> bool | torch.Tensor:
+    """Rows that see fewer keys than `min_context`: all, none, or bool (B or 1, 1, 1, 1).
 
     Decided row by row, so that a sequence is treated alike alone and in a batch.
     """
-    if min_context <= 0 or (mask is None and length >= min_context):
-        return None
-    if mask is None:
-        return torch.ones(batch, dtype=torch.bool)
-    short = (mask.sum(-1) < min_context).view(-1).expand(batch)
-    return short if bool(short.any()) else None
+    if length < min_context:
+        return True
+    if mask is None or min_context <= 1:
+        return False
+    short = mask.sum(-1, keepdim=True) < min_context
+    if torch.compiler.is_compiling():  # a graph cannot branch on the mask: compute both and select
+        return short
+    if not bool(short.any()):
+        return False
+    return True if bool(short.all()) else short
 
 
 def _count_rows(
@@ -261,7 +285,7 @@ def _count_rows(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         mask=mask,
         seed=config.seed,
-        layer=module.layer_idx,
+        layer=cast(int, module.layer_idx),
         position=position,
         allocation="tile" if config.kernel == "flash" else "global",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 from ..config import LayerConfig, SantaConfig, environment_config
@@ -66,7 +66,7 @@ def layer_config(
     if override is not None:
         if not isinstance(override, SantaConfig):
             override = _model_config(module, stored).merged(override)
-        return override.for_layer(module.layer_idx)
+        return override.for_layer(cast(int, module.layer_idx))
     # Resolved once and again whenever the dict on the config or the environment changes: a decode
     # step costs a comparison, not a validation.
     source = (stored, os.environ.get("SANTA_HF_CONFIG"), getattr(module, "layer_idx", None) or 0)
