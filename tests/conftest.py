@@ -1,0 +1,69 @@
+"""What every test runs under: offline, seeded, fresh counters, and no memory that nobody wrote.
+
+`torch.empty` and its relatives return NaN (integers: a value far out of range), so an element that a
+kernel forgets to write fails a test instead of holding a plausible leftover.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+
+# Before torch and Transformers are imported: tests read no network and no setting of the caller.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for _name in ("SANTA_HF_CONFIG", "SANTA_HF_AUTOLOAD"):
+    os.environ.pop(_name, None)
+
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate_poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.layout != torch.strided or tensor.is_meta or torch.compiler.is_compiling():
+            return tensor
+        with torch.no_grad():
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.fill_(torch.nan)
+            elif tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+                tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    return allocate_poisoned
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test sees its own warnings and counters, whatever ran before it."""
+    # `santa_hf.stats` is the function; the module has to be asked for by name.
+    stats = importlib.import_module("santa_hf.stats")
+    monkeypatch.setattr(stats, "_warned", set())
+    monkeypatch.setattr(stats, "_by_module", type(stats._by_module)())
