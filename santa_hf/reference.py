@@ -186,7 +186,7 @@ def _draw_global(
     if estimator == "systematic":
         offset = uniform(*coordinates, k[:1], Stream.GRID)
         end = (prefix * samples - offset).ceil().long().clamp_(0, samples)
-        end[..., -1] = samples
+        end.masked_fill_(prefix == 1, samples)  # S - u may round to S - 1 where the mass is used up
         k = k.expand(*end.shape[:3], samples)
         tile = torch.searchsorted(end, k.contiguous(), right=True)
         start = pad(end, (1, 0)).gather(-1, tile)

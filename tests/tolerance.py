@@ -2,8 +2,8 @@
 
 Two kinds. A *rounding budget* bounds what floating point may do to a quantity against float64
 (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1: a sum of n rounded
-terms is off by at most gamma_n times the sum of their absolute values). A *statistical bound* is the
-quantile that a correct implementation exceeds with probability `ALPHA` over the choice of the seed.
+terms is off by at most gamma_n times the sum of their absolute values). A *statistical bound* is
+the quantile that a correct implementation exceeds with probability `ALPHA` over the seed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def score_budget(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torc
 def softmax_budget(
     scores: torch.Tensor, budget: torch.Tensor, tile: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Bound on sum_i |p~_i - p_i| for a softmax computed in tiles: float64, scores (..., N) -> (...).
+    """Bound on sum_i |p~_i - p_i| for a softmax computed in tiles: float64 (...) from (..., N).
 
     scores: exact float64 scores, -inf where masked; budget: `score_budget` of them. An error d in a
     score changes its weight by the factor exp(d), and the cumulative sum inside a tile adds up to
@@ -77,6 +77,37 @@ def average_budget(weight: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype)
     accumulated = gamma(2 * weight.shape[-1] + 2, working_dtype(dtype)) * size
     # float16 loses relative precision below its smallest normal number.
     return accumulated + unit_roundoff(dtype) * (size + accumulated) + torch.finfo(dtype).tiny
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Decode attention as eager code has it, every step rounded to `dtype`: (B, H, 1, Dv)."""
+    group = query.shape[1] // key.shape[1]
+    keys = key.to(dtype).repeat_interleave(group, 1)
+    scores = query.to(dtype) @ keys.transpose(-1, -2) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ value.to(dtype).repeat_interleave(group, 1)
+
+
+def attention_budget(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+) -> float:
+    """Largest |error| exact attention may have: eager's own in this dtype, and four roundings."""
+    exact = attention(query, key, value, scaling, mask)
+    eager = attention(query, key, value, scaling, mask, query.dtype)
+    spare = 4 * unit_roundoff(query.dtype) * value.double().abs().max()
+    return float((eager.double() - exact).abs().max() + spare)
 
 
 def z_bound(comparisons: int) -> float:
