@@ -132,7 +132,7 @@ class SantaConfig:
         """Write the configuration to a YAML file."""
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> SantaConfig:
@@ -140,13 +140,14 @@ class SantaConfig:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not YAML, or it holds tags, unknown names or values that are not allowed.
+            ValueError: not YAML, or it holds tags, a key twice, unknown names or values that are
+                not allowed.
         """
         import yaml
 
         try:
-            values = yaml.safe_load(Path(path).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            values = _load_yaml(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} is not a plain YAML file: {error}") from error
         try:
             return cls.from_dict({} if values is None else values)
@@ -176,7 +177,7 @@ def _environment_config(path: str) -> SantaConfig:
 def _check(name: str, value: Any, label: str | None = None) -> None:
     label = label or name
     if name in _CHOICES:
-        if value not in _CHOICES[name]:
+        if not isinstance(value, str) or value not in _CHOICES[name]:
             raise ValueError(f"{label} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
     elif name in _INTEGER_RANGES:
         low, high = _INTEGER_RANGES[name]
@@ -196,6 +197,24 @@ def _layer_index(key: Any) -> int:
     if key < 0:
         raise ValueError(f"layers must be keyed by layer indices (0, 1, ...), got {key}")
     return key
+
+
+def _load_yaml(text: str) -> Any:
+    """Load YAML without tags, refusing a key given twice, of which `yaml.safe_load` keeps the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        line = key.start_mark.line + 1
+                        raise ValueError(f"{key.value!r} appears twice, at line {line}")
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader=Loader)
 
 
 def _refuse_unknown(values: Mapping[str, Any], allowed: tuple[str, ...], label: str) -> None:
