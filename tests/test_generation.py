@@ -1,0 +1,175 @@
+"""Sampled generation: it does sample, counts what it did, and sees the mask."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+import santa_hf
+
+NEW_TOKENS = 6
+DECODE_STEPS = NEW_TOKENS - 1  # the first token comes out of the prefill
+ROWS = tiny.prompts(150, 137, 60)
+PADDED = tiny.left_padded(ROWS)
+REASONS = {"gemma2": "scores are soft-capped", "gpt_oss": "the layer has attention sinks"}
+
+
+def generate(model: PreTrainedModel, **kwargs: object) -> torch.Tensor:
+    """Raw logits of each new token of the padded batch: (B, NEW_TOKENS, vocabulary)."""
+    out = model.generate(
+        **{**PADDED, "max_new_tokens": NEW_TOKENS, "do_sample": False, **kwargs},
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(out.logits, 1)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("estimator", ["systematic", "stratified", "multinomial"])
+@pytest.mark.parametrize("family", tiny.SAMPLED)
+def test_it_samples_and_counts(family: str, estimator: str, cache: str) -> None:
+    model = tiny.use(tiny.shared(family), "santa", samples=24, estimator=estimator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to warn of, the prefill least of all
+        with santa_hf.count_value_rows():
+            sampled = generate(model, cache_implementation=cache)
+    counters = santa_hf.stats(model)
+    calls = tiny.LAYERS * DECODE_STEPS
+    assert counters.total.sampled == calls
+    assert counters.total.samples == calls * 24 * tiny.HEADS * len(ROWS)
+    assert counters.total.multi_token == tiny.LAYERS
+    assert counters.total.dense == 0
+    assert not counters.total.fallbacks
+    assert list(counters.layers) == list(range(tiny.LAYERS))
+    assert all(layer.sampled == DECODE_STEPS for layer in counters.layers.values())
+    # Two heads with 24 draws each share a KV head.
+    most = calls * len(ROWS) * tiny.KV_HEADS * 48
+    assert 0 < counters.total.rows_read <= most
+    assert 0 < counters.total.share_of_rows_read < 1
+
+    exact = generate(tiny.use(model, "sdpa"), cache_implementation=cache)
+    torch.testing.assert_close(sampled[:, 0], exact[:, 0], rtol=1e-5, atol=1e-5)
+    assert (sampled[:, 1] - exact[:, 1]).abs().amax(-1).min() > 1e-2  # in every row
+
+    santa_hf.reset_stats(model)
+    assert santa_hf.stats(model).total.sampled == 0
+
+
+@pytest.mark.parametrize("family", tiny.EXACT)
+def test_a_model_that_cannot_be_sampled_is_exact_and_says_so(family: str) -> None:
+    model = tiny.use(tiny.shared(family), "santa", samples=8)
+    with pytest.warns(UserWarning, match=REASONS[family]) as caught:
+        fallen_back = generate(model, max_new_tokens=2 * NEW_TOKENS)[:, :NEW_TOKENS]
+    assert len([w for w in caught if "santa_hf" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, max_new_tokens=2)
+    counters = santa_hf.stats(model).total
+    steps = 2 * NEW_TOKENS - 1 + 1
+    assert counters.fallbacks == {REASONS[family]: tiny.LAYERS * steps}
+    assert counters.sampled == counters.samples == 0
+    assert counters.multi_token == 2 * tiny.LAYERS
+    assert REASONS[family] in str(santa_hf.stats(model))
+    exact = generate(tiny.use(model, "eager"))
+    torch.testing.assert_close(fallen_back, exact, rtol=1e-5, atol=1e-5)
+
+    tiny.use(model, "santa", samples=8, strict=True)
+    with pytest.raises(NotImplementedError, match=REASONS[family]):
+        generate(model)
+    generate(model, max_new_tokens=1)  # the prefill alone is allowed
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_layers_differ_as_configured(family: str) -> None:
+    model = tiny.use(
+        tiny.shared(family),
+        "santa",
+        samples=16,
+        layers={0: {"estimator": "dense"}, 2: {"samples": 40, "estimator": "multinomial"}},
+    )
+    generate(model)
+    layers = santa_hf.stats(model).layers
+    draws = DECODE_STEPS * tiny.HEADS * len(ROWS)
+    assert (layers[0].dense, layers[0].sampled) == (DECODE_STEPS, 0)
+    assert (layers[1].dense, layers[1].samples) == (0, 16 * draws)
+    assert (layers[2].dense, layers[2].samples) == (0, 40 * draws)
+
+
+def test_rows_with_little_context_are_dense() -> None:
+    """Row by row: those below min_context are exact, the others sampled, and only these count."""
+    model = tiny.shared("llama")
+    exact = generate(tiny.use(model, "sdpa"), max_new_tokens=2)
+    sampled = generate(tiny.use(model, "santa", samples=16, min_context=139), max_new_tokens=2)
+    difference = (sampled - exact)[:, 1].abs().amax(-1)
+    assert difference[0] > 1e-2  # 151 visible keys
+    torch.testing.assert_close(sampled[1:], exact[1:], rtol=1e-5, atol=1e-5)  # 138 and 61
+    counters = santa_hf.stats(model).total
+    assert counters.samples == tiny.LAYERS * 16 * tiny.HEADS
+
+    santa_hf.reset_stats(model)
+    generate(tiny.use(model, "santa", samples=16, min_context=1000))
+    counters = santa_hf.stats(model).total
+    assert (counters.sampled, counters.dense) == (0, tiny.LAYERS * DECODE_STEPS)
+
+
+def test_speculation_is_dense_and_silent() -> None:
+    """Verification of several tokens is dense by design: counted, without a warning, under strict."""
+    model = tiny.use(tiny.shared("llama"), "santa", samples=16, strict=True)
+    prompt = torch.cat([ROWS[0], ROWS[0][:, 100:130]], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, input_ids=prompt, attention_mask=None, prompt_lookup_num_tokens=4)
+    assert santa_hf.stats(model).total.multi_token > tiny.LAYERS
+    assert not santa_hf.stats(model).total.fallbacks
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        pytest.param({"num_beams": 3}, id="beams"),
+        pytest.param({"do_sample": True, "num_return_sequences": 3}, id="num_return_sequences"),
+    ],
+)
+def test_every_beam_and_sequence_is_sampled(kwargs: dict[str, object]) -> None:
+    model = tiny.use(tiny.shared("qwen2"), "santa", samples=16)
+    generate(model, **kwargs)
+    counters = santa_hf.stats(model).total
+    assert counters.samples == tiny.LAYERS * DECODE_STEPS * 16 * tiny.HEADS * 3 * len(ROWS)
+
+
+def test_torch_generator_is_not_consumed() -> None:
+    model = tiny.use(tiny.shared("llama"), "santa", samples=16)
+    before = torch.get_rng_state()
+    generate(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def padded_and_alone(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    padded = generate(model)
+    alone = [generate(model, input_ids=row, attention_mask=None) for row in ROWS]
+    return padded, torch.cat(alone)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_padding_is_not_attended_to(family: str) -> None:
+    """A padded batch equals its rows alone, in the prefill and in every decode step."""
+    model = tiny.use(tiny.shared(family), "santa", estimator="dense")
+    padded, alone = padded_and_alone(model)
+    torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_padding_is_attended_to_without_the_mask_function(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the registered mask function is for, and proof that the test above can fail."""
+    monkeypatch.delitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "santa")
+    model = tiny.use(tiny.shared(family), "santa", estimator="dense")
+    padded, alone = padded_and_alone(model)
+    torch.testing.assert_close(padded[0], alone[0], rtol=1e-4, atol=1e-4)  # has no padding
+    assert (padded[1:] - alone[1:]).abs().max() > 0.1
