@@ -10,7 +10,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["ESTIMATORS", "KERNELS", "LayerConfig", "SantaConfig", "environment_config"]
+__all__ = [
+    "CONFIG_VARIABLE",
+    "ESTIMATORS",
+    "KERNELS",
+    "LayerConfig",
+    "SantaConfig",
+    "environment_config",
+]
 
 ESTIMATORS = ("systematic", "stratified", "multinomial", "dense")
 KERNELS = ("auto", "reference", "prop", "flash")
@@ -91,7 +98,7 @@ class SantaConfig:
             for name, value in overrides.items():
                 _check(name, value, f"layers[{index}].{name}")
             layers[index] = MappingProxyType(dict(overrides))
-        object.__setattr__(self, "layers", MappingProxyType(dict(sorted(layers.items()))))
+        object.__setattr__(self, "layers", MappingProxyType({i: layers[i] for i in sorted(layers)}))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SantaConfig.from_dict, (self.to_dict(),)
@@ -160,14 +167,9 @@ _LAYER_FIELDS = tuple(f.name for f in fields(LayerConfig))
 _OVERRIDABLE = ("estimator", "samples", "kernel", "min_context")
 
 
-def environment_config() -> SantaConfig | None:
-    """The configuration that the environment variable SANTA_HF_CONFIG names, if it is set."""
-    path = os.environ.get(CONFIG_VARIABLE)
-    return _environment_config(path) if path else None
-
-
 @lru_cache(maxsize=8)
-def _environment_config(path: str) -> SantaConfig:
+def environment_config(path: str) -> SantaConfig:
+    """The configuration in the YAML file that SANTA_HF_CONFIG names; read once per path."""
     try:
         return SantaConfig.from_yaml(path)
     except (OSError, ValueError) as error:

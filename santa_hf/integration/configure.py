@@ -6,16 +6,16 @@ file named by SANTA_HF_CONFIG, the defaults of `SantaConfig`.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ..config import LayerConfig, SantaConfig, environment_config
+import torch
+
+from ..config import CONFIG_VARIABLE, LayerConfig, SantaConfig, environment_config
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 __all__ = ["configure", "layer_config"]
@@ -54,38 +54,63 @@ def configure(
     return config
 
 
-_Source = tuple[Any, Any, int]
+_Source = tuple[Any, str | None, int, int | None]
 _resolved: WeakKeyDictionary[torch.nn.Module, tuple[_Source, LayerConfig]] = WeakKeyDictionary()
 
 
 def layer_config(
     module: torch.nn.Module, override: SantaConfig | Mapping[str, Any] | None = None
 ) -> LayerConfig:
-    """The settings of an attention layer for this call, by the precedence of this module."""
-    stored = getattr(module.config, "santa", None)
+    """The settings of an attention layer for this call, by the precedence of this module.
+
+    Raises:
+        TypeError, ValueError: the model's `config.santa`, the file named by the environment, or
+            `override` is not valid.
+    """
+    config = getattr(module, "config", None)
+    source: _Source = (
+        _copied(getattr(config, "santa", None)),
+        os.environ.get(CONFIG_VARIABLE),
+        getattr(module, "layer_idx", None) or 0,
+        getattr(config, "num_hidden_layers", None),
+    )
     if override is not None:
         if not isinstance(override, SantaConfig):
-            override = _model_config(module, stored).merged(override)
-        return override.for_layer(cast(int, module.layer_idx))
-    # Resolved once and again whenever the dict on the config or the environment changes: a decode
-    # step costs a comparison, not a validation.
-    source = (stored, os.environ.get("SANTA_HF_CONFIG"), getattr(module, "layer_idx", None) or 0)
+            override = _model_config(*source).merged(override)
+        return override.for_layer(source[2])
+    if torch.compiler.is_compiling():
+        return _layer_config(*source)
+    # Resolved again only when the dict on the config or the environment changes: a decode step
+    # costs a comparison, not a validation.
     known = _resolved.get(module)
     if known is None or known[0] != source:
-        config = _model_config(module, stored).for_layer(source[2])
-        known = (copy.deepcopy(source), config)
+        known = (source, _layer_config(*source))
         _resolved[module] = known
     return known[1]
 
 
-def _model_config(module: torch.nn.Module, stored: Mapping[str, Any] | None) -> SantaConfig:
+def _copied(value: Any) -> Any:
+    """A deep copy of nested dicts; walking them is what makes a graph guard on their contents."""
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+@torch.compiler.assume_constant_result
+def _layer_config(
+    stored: Mapping[str, Any] | None, path: str | None, layer: int, num_layers: int | None
+) -> LayerConfig:
+    """Not traced: a graph guards on the arguments and holds the result as a constant."""
+    return _model_config(stored, path, layer, num_layers).for_layer(layer)
+
+
+def _model_config(
+    stored: Mapping[str, Any] | None, path: str | None, layer: int, num_layers: int | None
+) -> SantaConfig:
     if stored is None:
-        return environment_config() or SantaConfig()
+        return environment_config(path) if path else SantaConfig()
     try:
         config = SantaConfig.from_dict(stored)
+        if num_layers is not None:
+            config.check_layers(num_layers)
     except (TypeError, ValueError) as error:
         raise type(error)(f"the model's config.santa: {error}") from error
-    num_layers = getattr(module.config, "num_hidden_layers", None)
-    if num_layers is not None:
-        config.check_layers(num_layers)
     return config

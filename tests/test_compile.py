@@ -1,0 +1,102 @@
+"""Compiled decoding: one graph without breaks, the draws of eager, and a new configuration heeded."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel, StaticCache
+
+import santa_hf
+
+STEPS = 32
+PROMPT = 140
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch.compiler.reset()
+
+
+def decode(model: PreTrainedModel, step: object, steps: int = STEPS) -> torch.Tensor:
+    """Greedy tokens (B, steps) of a left-padded batch on a static cache, decoding with `step`."""
+    batch = tiny.left_padded(tiny.prompts(PROMPT, PROMPT - 37))
+    mask = torch.zeros(2, PROMPT + steps, dtype=torch.int64)
+    mask[:, :PROMPT] = batch["attention_mask"]
+    positions = (mask[:, :PROMPT].cumsum(-1) - 1).clamp(min=0)
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + steps)
+    with torch.no_grad():
+        out = model(
+            batch["input_ids"],
+            attention_mask=mask[:, :PROMPT],
+            position_ids=positions,
+            past_key_values=cache,
+        )
+        tokens = [out.logits[:, -1:].argmax(-1)]
+        for i in range(steps - 1):
+            mask[:, PROMPT + i] = 1
+            out = step(
+                tokens[-1],
+                attention_mask=mask,
+                position_ids=mask.sum(-1, keepdim=True) - 1,
+                past_key_values=cache,
+            )
+            tokens.append(out.logits[:, -1:].argmax(-1))
+    return torch.cat(tokens, -1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("budget", [{"samples": 8}, {"samples": 8, "min_context": 120}])
+def test_a_full_graph_gives_the_tokens_of_eager(family: str, budget: dict[str, int]) -> None:
+    model = tiny.use(tiny.build(family, torch.float64), "santa", **budget)
+    eager = decode(model, model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(decode(model, compiled), eager)
+    assert santa_hf.stats(model).total.sampled > 0
+
+
+def test_a_new_configuration_reaches_a_compiled_model() -> None:
+    model = tiny.use(tiny.build("llama", torch.float64), "santa", samples=8)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    seen = []
+    for budget in (
+        {"samples": 8},
+        {"samples": 2},
+        {"samples": 8, "layers": {1: {"samples": 3}}},
+        {"samples": 8, "seed": 1},
+    ):
+        santa_hf.configure(model, budget)
+        tokens = decode(model, compiled, 16)
+        assert torch.equal(tokens, decode(model, model, 16)), budget
+        seen.append(tokens)
+    assert not any(torch.equal(seen[0], other) for other in seen[1:])
+
+
+def test_a_fallback_warns_when_its_graph_is_traced() -> None:
+    model = tiny.use(tiny.build("gemma2"), "santa")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with pytest.warns(UserWarning, match="soft-capped"):
+        decode(model, compiled, 2)
+
+
+@pytest.mark.parametrize("estimator", ["systematic", "dense"])
+def test_the_operator_keeps_its_schema(estimator: str) -> None:
+    from santa_hf.ops import decode as operator
+
+    query = torch.randn(2, 6, 1, 16)
+    key, value = torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 8)
+    mask = torch.ones(2, 1, 1, 40, dtype=torch.bool)
+    mask[1, ..., :7] = False
+    settings = {
+        "seed": 1,
+        "samples": 8,
+        "estimator": estimator,
+        "scaling": 0.25,
+        "softcap": None,
+        "layer": 2,
+        "head_offset": 0,
+        "kernel": "auto",
+    }
+    rows = torch.tensor([3, 4])
+    for optional in ((None, None, None, None), (mask, rows, rows, torch.randn(6))):
+        torch.library.opcheck(operator, (query, key, value, *optional), settings)
