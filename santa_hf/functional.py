@@ -124,6 +124,11 @@ torch.library.impl("santa_hf::decode", "default", _dispatch)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def _tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {value!r}")
+
+
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
@@ -147,6 +152,7 @@ def _validate(
     """Check every argument; returns mask as (1 or B, 1, 1, N), position and seed on query's device."""
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
+        _tensor(name, tensor)
         if tensor.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in _DTYPES or tensor.dtype != query.dtype:
@@ -168,11 +174,18 @@ def _validate(
         raise ValueError(
             f"value must be ({batch}, {kv_heads}, {length}, Dv), got {tuple(value.shape)}"
         )
-    if length == 0 or kv_heads == 0 or heads % kv_heads:
+    if 0 in (batch, heads, kv_heads, length, dim) or heads % kv_heads:
         raise ValueError(
-            f"query heads must be a multiple of KV heads and N at least 1, "
-            f"got H={heads}, KVH={kv_heads}, N={length}"
+            "query heads must be a multiple of KV heads and no dimension empty, "
+            f"got B={batch}, H={heads}, KVH={kv_heads}, N={length}, D={dim}"
         )
+    if torch.is_grad_enabled() and estimator != "dense":
+        for name, tensor in tensors.items():
+            if tensor.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, which draws do not have; "
+                    "use torch.no_grad() or estimator='dense'"
+                )
     for name, choice, allowed in (
         ("estimator", estimator, ESTIMATORS),
         ("kernel", kernel, KERNELS),
@@ -183,6 +196,7 @@ def _validate(
     _integer("layer", layer, 0, MAX_LAYERS - 1)
     _integer("head_offset", head_offset, 0, 2**31 - 1)
     if mask is not None:
+        _tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool with True for visible keys, got {mask.dtype}")
         try:
@@ -204,6 +218,7 @@ def _validate(
 
 
 def _per_row(name: str, tensor: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
+    _tensor(name, tensor)
     if tensor.dtype != torch.int64 or tensor.shape != (batch,):
         raise ValueError(
             f"{name} must be int64 of shape ({batch},), got {tensor.dtype} {tuple(tensor.shape)}"

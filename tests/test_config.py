@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from santa_hf.config import (
-    CONFIG_VARIABLE,
     ESTIMATORS,
     KERNELS,
     LayerConfig,
@@ -302,22 +301,15 @@ def test_empty_yaml_is_the_default(tmp_path: Path) -> None:
         assert SantaConfig.from_yaml(path) == SantaConfig()
 
 
-def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
-    assert environment_config() is None
-    monkeypatch.setenv(CONFIG_VARIABLE, "")
-    assert environment_config() is None
+def test_a_bad_file_of_the_environment_names_the_variable_and_the_file(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
     SantaConfig(samples=7).to_yaml(good)
     bad.write_text("samples: 0")
-    monkeypatch.setenv(CONFIG_VARIABLE, str(good))
-    assert environment_config() == SantaConfig(samples=7)
-    monkeypatch.setenv(CONFIG_VARIABLE, str(bad))
+    assert environment_config(str(good)) == SantaConfig(samples=7)
     with pytest.raises(ValueError, match=r"SANTA_HF_CONFIG: .*bad\.yaml: samples must be in"):
-        environment_config()
-    monkeypatch.setenv(CONFIG_VARIABLE, str(tmp_path / "none.yaml"))
+        environment_config(str(bad))
     with pytest.raises(ValueError, match=r"SANTA_HF_CONFIG: .*none\.yaml"):
-        environment_config()
+        environment_config(str(tmp_path / "none.yaml"))
 
 
 # Budgets of models are the YAML files directly in configs/; its subfolders hold other schemas.
