@@ -167,14 +167,14 @@ def test_draws_and_tokens_are_equal_in_float64(
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_another_seed_draws_other_keys(estimator: str, record: Callable[[], list[Step]]) -> None:
-    """In every head: the first layer of the first step has equal scores."""
+    """In every head: scores of the first layer in the first step are equal."""
     first = []
     for seed in (0, 1, 2**40):
         model = tiny.use(tiny.shared("llama"), "santa", samples=16, estimator=estimator, seed=seed)
         generate(model, PADDED, 2)
         first.append(record()[0])
     for one, other in combinations(first, 2):
-        assert (one.age != other.age)[:2].any(-1).all()  # row 2 is short, and its heads are peaked
+        assert (one.age != other.age).any(-1).any(0).all()  # some rows of a head are peaked
         for stream, uniforms in one.uniforms.items():
             assert (uniforms != other.uniforms[stream]).all()
 

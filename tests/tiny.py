@@ -20,7 +20,7 @@ KV_HEADS = 2
 # Shorter than every prompt, and no multiple of a tile.
 WINDOW = 40
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -37,7 +37,7 @@ _COMMON: dict[str, Any] = {
 }
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
-# Configuration class and what it needs beyond _COMMON.
+# Configuration class and what it needs beyond COMMON.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
@@ -81,7 +81,7 @@ def baseline(family: str) -> str:
 def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A new model of `family` with attention "santa"; equal arguments give equal weights."""
     name, extra = FAMILIES[family]
-    config = getattr(transformers, name)(**{**_COMMON, **extra, **changes})
+    config = getattr(transformers, name)(**{**COMMON, **extra, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="santa")

@@ -7,7 +7,8 @@ file named by SANTA_HF_CONFIG, the defaults of `SantaConfig`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -77,6 +78,8 @@ def layer_config(
     if override is not None:
         if not isinstance(override, SantaConfig):
             override = _model_config(*source).merged(override)
+        if source[3] is not None:
+            override.check_layers(source[3])
         return override.for_layer(source[2])
     if torch.compiler.is_compiling():
         return _layer_config(*source)
@@ -106,11 +109,22 @@ def _model_config(
     stored: Mapping[str, Any] | None, path: str | None, layer: int, num_layers: int | None
 ) -> SantaConfig:
     if stored is None:
-        return environment_config(path) if path else SantaConfig()
-    try:
-        config = SantaConfig.from_dict(stored)
-        if num_layers is not None:
+        source = CONFIG_VARIABLE
+        config = environment_config(path) if path else SantaConfig()
+    else:
+        source = "the model's config.santa"
+        with _named(source):
+            config = SantaConfig.from_dict(stored)
+    if num_layers is not None:
+        with _named(source):
             config.check_layers(num_layers)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"the model's config.santa: {error}") from error
     return config
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Begin the message of an error with where the configuration comes from."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{source}: {error}") from error
