@@ -178,7 +178,7 @@ def _exact_attention(
             "weights, and its model file has no eager_attention_forward to compute them"
         )
     queries = query.shape[2]
-    if mask is None and queries > 1 and getattr(module, "is_causal", True):
+    if mask is None and queries > 1 and _is_causal(module, kwargs):
         # Without a mask, queries attend causally to an equal number of keys; a static cache that
         # was empty before holds unfilled slots after them.
         key, value = key[:, :, :queries], value[:, :, :queries]
@@ -211,8 +211,7 @@ def _why_not_sampled(
         return "scores carry a position bias"
     if kwargs.get("output_attentions"):
         return "attention weights were asked for"
-    is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if not _is_causal(module, kwargs):
         return "the layer is not causal (cross-attention or an encoder)"
     if module.training or dropout:
         return "the model is in training mode"
@@ -224,7 +223,7 @@ def _why_not_sampled(
         return "the layer has no layer_idx, and layers must not share draws"
     if query.dtype != key.dtype or query.dtype != value.dtype:
         return "query and cache have different dtypes"
-    heads = getattr(module.config, "num_attention_heads", query.shape[1])
+    heads = getattr(getattr(module, "config", None), "num_attention_heads", query.shape[1])
     if query.shape[1] != heads:
         return "the heads of the layer are sharded"
     if mask is not None and not (
@@ -239,6 +238,12 @@ def _why_not_sampled(
         # The index of the last visible key saturates in a full window: every step would draw alike.
         return "a sliding layer was called without position_ids"
     return None
+
+
+def _is_causal(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the call is causal: the keyword, else the layer's attribute, as SDPA decides it."""
+    is_causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def _position(batch: int, kwargs: Mapping[str, Any]) -> torch.Tensor | None:

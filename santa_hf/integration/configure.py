@@ -17,7 +17,7 @@ import torch
 from ..config import CONFIG_VARIABLE, LayerConfig, SantaConfig, environment_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["configure", "layer_config"]
 
@@ -43,16 +43,31 @@ def configure(
         config = SantaConfig.from_yaml(config)
     elif not isinstance(config, SantaConfig):
         config = SantaConfig.from_dict(config)
-    text_config = model.config.get_text_config(decoder=True)
-    if text_config._attn_implementation != "santa":
+    stored, *copies = _text_configs(model)
+    if stored._attn_implementation != "santa":
         raise ValueError(
-            f"the model's attention is {text_config._attn_implementation!r}, so a santa configuration "
+            f"the model's attention is {stored._attn_implementation!r}, so a santa configuration "
             'would do nothing; load it with attn_implementation="santa" or call '
             'model.set_attn_implementation("santa")'
         )
-    config.check_layers(text_config.num_hidden_layers)
-    text_config.santa = config.to_dict()
+    config.check_layers(model.config.get_text_config(decoder=True).num_hidden_layers)
+    stored.santa = config.to_dict()
+    for copy in copies:
+        copy.santa = stored.santa
     return config
+
+
+def _text_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configurations that the layers of the text decoder read, first the one that is saved.
+
+    They are one object, except in encoder-decoder models: these answer `get_text_config` with a
+    copy, and some hand further copies to their halves.
+    """
+    text_config = model.config.get_text_config(decoder=True)
+    stored = model.config if type(text_config) is type(model.config) else text_config
+    read = [getattr(module, "config", None) for module in model.modules()]
+    same = [config for config in read if type(config) is type(stored)]
+    return list({id(config): config for config in (stored, *same)}.values())
 
 
 _Source = tuple[Any, str | None, int, int | None]
@@ -73,7 +88,10 @@ def layer_config(
         _copied(getattr(config, "santa", None)),
         os.environ.get(CONFIG_VARIABLE),
         getattr(module, "layer_idx", None) or 0,
-        getattr(config, "num_hidden_layers", None),
+        # Of an encoder-decoder, this would be the encoder's.
+        None
+        if getattr(config, "is_encoder_decoder", False)
+        else getattr(config, "num_hidden_layers", None),
     )
     if override is not None:
         if not isinstance(override, SantaConfig):
