@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
+from collections.abc import Callable
+
 import torch
 
 from . import ops, reference
@@ -24,6 +28,8 @@ def santa_decode(
     layer: int = 0,
     position: torch.Tensor | None = None,
     head_offset: int = 0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> torch.Tensor:
     """Attention of one query token per row over a KV cache, by drawing value rows (arXiv 2605.01910).
@@ -46,6 +52,8 @@ def santa_decode(
         position: int64 (B,), 0-based position of the query token; None for the index of each row's
             last visible key.
         head_offset: index of the first query head here within the whole layer (sharded heads).
+        softcap: scores become cap * tanh(score / cap) before the softmax; None for none.
+        sinks: (H,), a logit per query head that joins the softmax with a value of zero; None for none.
         kernel: "auto", "reference" and "prop" draw by one grid over the row and agree for one seed;
             "flash" gives every tile of 256 keys ceil(samples / tiles) draws. An explicit choice
             that cannot run here raises.
@@ -61,6 +69,7 @@ def santa_decode(
     mask, position, seed = _validate(
         query, key, value, samples, estimator, mask, seed, layer, position, head_offset, kernel
     )
+    _validate_scores(query, softcap, sinks)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     row_seed = seed if isinstance(seed, torch.Tensor) else None
@@ -72,10 +81,12 @@ def santa_decode(
         mask,
         position,
         row_seed,
+        sinks,
         seed=0 if isinstance(seed, torch.Tensor) else seed,
         samples=samples,
         estimator=estimator,
         scaling=scaling,
+        softcap=softcap,
         layer=layer,
         head_offset=head_offset,
         kernel=kernel,
@@ -89,22 +100,20 @@ def _dispatch(
     mask: torch.Tensor | None,
     position: torch.Tensor | None,
     row_seed: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     *,
     seed: int,
     samples: int,
     estimator: str,
     scaling: float,
+    softcap: float | None,
     layer: int,
     head_offset: int,
     kernel: str,
 ) -> torch.Tensor:
     """Run a validated decode step: the implementation of the operator, called directly in eager."""
-    if kernel in ("prop", "flash"):
-        raise NotImplementedError(
-            f"kernel={kernel!r} is a Triton kernel that this version does not have; "
-            "use 'auto' or 'reference'"
-        )
-    return reference.decode(
+    decode = _implementation(query, key, value, estimator, kernel)
+    return decode(
         query,
         key,
         value,
@@ -116,10 +125,36 @@ def _dispatch(
         layer=layer,
         position=position,
         head_offset=head_offset,
+        softcap=softcap,
+        sinks=sinks,
     )
 
 
 torch.library.impl("santa_hf::decode", "default", _dispatch)
+
+
+def _implementation(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, estimator: str, kernel: str
+) -> Callable[..., torch.Tensor]:
+    """The function that computes one decode step.
+
+    "auto" takes the Triton kernels wherever they can run: they were faster than the reference at
+    every shape measured, and "prop" draws what the reference draws.
+    """
+    if kernel == "reference" or (kernel == "auto" and query.device.type != "cuda"):
+        return reference.decode
+    if importlib.util.find_spec("triton") is None:
+        reason: str | None = "Triton is not installed"
+    else:
+        from .kernels import launch
+
+        reason = launch.why_not(query, key, value)
+        if reason is None:
+            return launch.fused if kernel == "flash" or estimator == "dense" else launch.prop
+    if kernel != "auto":
+        raise NotImplementedError(f"kernel={kernel!r} cannot run here: {reason}")
+    return reference.decode
+
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -215,6 +250,21 @@ def _validate(
         return mask, position, _per_row("seed", seed, batch, query.device)
     _integer("seed", seed, 0, 2**63 - 1)
     return mask, position, seed
+
+
+def _validate_scores(
+    query: torch.Tensor, softcap: float | None, sinks: torch.Tensor | None
+) -> None:
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be a positive finite number or None, got {softcap!r}")
+    if sinks is not None:
+        if sinks.shape != query.shape[1:2] or not sinks.is_floating_point():
+            raise ValueError(
+                f"sinks must be floating point of shape ({query.shape[1]},), "
+                f"got {sinks.dtype} {tuple(sinks.shape)}"
+            )
+        if sinks.device != query.device:
+            raise ValueError(f"sinks is on {sinks.device}, query on {query.device}")
 
 
 def _per_row(name: str, tensor: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:

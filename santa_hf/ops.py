@@ -12,9 +12,9 @@ __all__ = ["decode"]
 
 torch.library.define(
     "santa_hf::decode",
-    "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? position, Tensor? row_seed, *, "
-    "int seed, int samples, str estimator, float scaling, int layer, int head_offset, str kernel) "
-    "-> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? position, Tensor? row_seed, "
+    "Tensor? sinks, *, int seed, int samples, str estimator, float scaling, float? softcap, "
+    "int layer, int head_offset, str kernel) -> Tensor",
 )
 
 
@@ -26,6 +26,7 @@ def _decode_fake(
     mask: torch.Tensor | None,
     position: torch.Tensor | None,
     row_seed: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     **_: object,
 ) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[1], 1, value.shape[3])

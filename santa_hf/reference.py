@@ -80,12 +80,20 @@ class Draws:
 class _TiledSoftmax:
     """Unnormalised softmax in tiles: `cdf` (B, KVH, G, T, tile) runs inside a tile relative to the
     tile's own maximum, `mass` float64 (B, KVH, G, T) is relative to the row's maximum, `span` (B,) is
-    the number of keys from the first to the last visible one, and `first` (B,) the first."""
+    the number of keys from the first to the last visible one, `first` (B,) the first, and `sink`
+    (B, KVH, G, 1) the mass of the attention sink, if there is one."""
 
     cdf: torch.Tensor
     mass: torch.Tensor
     first: torch.Tensor
     span: torch.Tensor
+    sink: torch.Tensor | None
+
+    @property
+    def total(self) -> torch.Tensor:
+        """Mass of the whole row, float64 (B, KVH, G, 1)."""
+        total = self.mass.sum(-1, keepdim=True)
+        return total if self.sink is None else total + self.sink
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -124,16 +132,23 @@ def _visible_span(
 
 
 def _tiled_softmax(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float, tile: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    tile: int,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    stash: torch.dtype | None = None,
 ) -> _TiledSoftmax:
     batch, _, length, _ = key.shape
     first, span = _visible_span(mask, batch, length, key.device)
     if mask is None:
-        scores = _scores(query, key, scaling)
+        scores = _soft_capped(_scores(query, key, scaling), softcap)
     else:
         # Score only what some row can see: unfilled slots of a static cache cost nothing.
         low, high = int(first.min()), max(int((first + span).max()), int(first.min()) + 1)
-        scores = _scores(query, key[:, :, low:high], scaling)
+        scores = _soft_capped(_scores(query, key[:, :, low:high], scaling), softcap)
         scores = scores.masked_fill_(~mask[..., low:high], -torch.inf)
         shift = first - low
         if bool(shift.any()):  # rows start at different keys: bring each first key to the front
@@ -144,11 +159,22 @@ def _tiled_softmax(
     scores = pad(scores, (0, -scores.shape[-1] % tile), value=-torch.inf).unflatten(-1, (-1, tile))
     top = scores.amax(-1)
     scores = scores.sub_(top.masked_fill(top == -torch.inf, 0.0)[..., None]).exp_()
-    cdf = scores.cumsum_(-1)
+    # The sum of 128 weights in fp16 has up to 31 bits: exact in float64, not in float32.
+    cdf = scores.cumsum_(-1) if stash is None else scores.to(stash).double().cumsum(-1)
     top = top.double()
     peak = top.amax(-1, keepdim=True)
-    mass = (top - peak.masked_fill(peak == -torch.inf, 0.0)).exp() * cdf[..., -1]
-    return _TiledSoftmax(cdf, mass, first, span)
+    if sinks is not None:
+        sinks = sinks.double().view(1, *query.shape[1:3], 1)
+        peak = torch.maximum(peak, sinks)
+    level = peak.masked_fill(peak == -torch.inf, 0.0)
+    mass = (top - level).exp() * cdf[..., -1]
+    sink = None if sinks is None else (sinks - level).exp()
+    return _TiledSoftmax(cdf, mass, first, span, sink)
+
+
+def _soft_capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """cap * tanh(scores / cap), in place (Gemma 2, arXiv 2408.00118, section 2)."""
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
 
 
 def _invert_tile(cdf: torch.Tensor, tile: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
@@ -178,7 +204,10 @@ def _draw_global(
     coordinates: tuple[int | torch.Tensor, int, torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draws over the whole row: tile and fraction (B, KVH, G, S), weight ()."""
-    prefix = softmax.mass.cumsum(-1)
+    mass = softmax.mass
+    if softmax.sink is not None:
+        mass = torch.cat((mass, softmax.sink), -1)
+    prefix = mass.cumsum(-1)
     total = prefix[..., -1:]
     # Divided by its own last entry, or the number of draws would not be S.
     prefix = torch.where(total > 0, prefix / total, 1.0)
@@ -200,7 +229,12 @@ def _draw_global(
         tile = torch.searchsorted(prefix, point.contiguous(), right=True)
         start = pad(prefix, (1, 0)).gather(-1, tile)
         fraction = (point - start) / (prefix.gather(-1, tile) - start)
-    return tile, fraction, prefix.new_tensor(1.0 / samples)
+    weight = prefix.new_tensor(1.0 / samples)
+    if softmax.sink is not None:
+        tiles = softmax.mass.shape[-1]
+        weight = torch.where(tile < tiles, weight, 0.0)
+        tile = tile.clamp_(max=tiles - 1)
+    return tile, fraction, weight
 
 
 def _draw_per_tile(
@@ -222,7 +256,7 @@ def _draw_per_tile(
         if estimator == "stratified":
             fraction = (j + fraction) / draws
     tile = t.expand(*mass.shape[:3], -1)
-    weight = (mass / mass.sum(-1, keepdim=True) / draws)[..., t]
+    weight = (mass / softmax.total / draws)[..., t]
     return tile, fraction.expand_as(weight), torch.where(j < draws, weight, 0.0)
 
 
@@ -238,12 +272,17 @@ def draw(
     layer: int,
     position: torch.Tensor | None,
     head_offset: int = 0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     allocation: Literal["global", "tile"] = "global",
+    stash: torch.dtype | None = None,
 ) -> Draws:
     """Draw value rows from the softmax of one decode step; arguments as in `santa_decode`.
 
     `allocation="global"` spreads the draws over the whole row, "tile" gives every tile of
-    `FIXED_TILE` keys the same number (the paper's fused kernel, section on S2ANTA-flash).
+    `FIXED_TILE` keys the same number (the paper's fused kernel, section on S2ANTA-flash). With
+    `stash`, weights are rounded to that dtype before anything is summed or drawn, as a kernel does
+    that leaves them in memory between its passes.
     """
     batch, heads, _, _ = query.shape
     kv_heads, length = key.shape[1:3]
@@ -251,7 +290,7 @@ def draw(
     tile_size, draw_points = (
         (TILE, _draw_global) if allocation == "global" else (FIXED_TILE, _draw_per_tile)
     )
-    softmax = _tiled_softmax(grouped, key, mask, scaling, tile_size)
+    softmax = _tiled_softmax(grouped, key, mask, scaling, tile_size, softcap, sinks, stash)
     if position is None:
         position = softmax.first + softmax.span - 1
     head = torch.arange(head_offset, head_offset + heads, device=key.device)
@@ -261,8 +300,7 @@ def draw(
     tile, fraction, weight = draw_points(softmax, estimator, samples, coordinates)
     index = _invert_tile(softmax.cdf, tile, fraction)
     index += tile * tile_size + softmax.first.view(-1, 1, 1, 1)
-    mass = softmax.mass.sum(-1, keepdim=True)
-    return Draws(index.clamp_(max=length - 1), weight, mass)
+    return Draws(index.clamp_(max=length - 1), weight, softmax.total)
 
 
 def average(value: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -299,10 +337,25 @@ def dense(
     *,
     scaling: float,
     mask: torch.Tensor | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exact decode attention on grouped queries, without repeating heads: (B, H, 1, Dv)."""
     batch, heads, _, _ = query.shape
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], -1)
+    if softcap is not None or sinks is not None:
+        scores = _soft_capped(_scores(grouped, key, scaling), softcap)
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, -torch.inf)
+        if sinks is not None:
+            sinks = sinks.to(scores.dtype).view(1, *grouped.shape[1:3], 1).expand(batch, -1, -1, 1)
+            scores = torch.cat((scores, sinks), -1)
+        peak = scores.amax(-1, keepdim=True)
+        weight = scores.sub_(peak.masked_fill(peak == -torch.inf, 0.0)).exp_()
+        mass = weight.sum(-1, keepdim=True)
+        out = (weight[..., : key.shape[2]] @ value.to(weight.dtype)) / mass
+        out = out.masked_fill(mass == 0, 0.0).to(query.dtype)
+        return out.reshape(batch, heads, 1, value.shape[-1])
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(batch, heads, 1, value.shape[-1])
 
@@ -320,11 +373,13 @@ def decode(
     layer: int,
     position: torch.Tensor | None,
     head_offset: int = 0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     allocation: Literal["global", "tile"] = "global",
 ) -> torch.Tensor:
     """One decode step of any estimator; arguments and result as in `santa_decode`."""
     if estimator == "dense":
-        return dense(query, key, value, scaling=scaling, mask=mask)
+        return dense(query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
     draws = draw(
         query,
         key,
@@ -336,6 +391,8 @@ def decode(
         layer=layer,
         position=position,
         head_offset=head_offset,
+        softcap=softcap,
+        sinks=sinks,
         allocation=allocation,
     )
     return average(value, draws).to(query.dtype)

@@ -1,0 +1,260 @@
+"""One pass over K and V: exact attention, and a fixed budget of draws in every tile (S2ANTA-flash).
+
+Both are split along the keys: a program walks its tiles with a running maximum and leaves an
+unnormalised (output, maximum, mass), and `combine_kernel` merges the splits in order. A sampled tile
+replaces its weights by integer draw counts, which are non-zero on few rows, and loads only those rows:
+
+    o = sum_t mass_t / n_t * counts_t V_t  /  sum_t mass_t,      E[counts_t,i] = n_t w_i / sum_j w_j
+
+Weights of a tile are rounded to multiples of 2**-23 of its largest, and mass_t is the sum of the
+*rounded* weights, an exact uint32: the draws are exactly unbiased for the rounded softmax.
+"""
+
+# ruff: noqa: N803, SIM108 (constants of a kernel are capitals; Triton has no conditional expression
+# over two shapes)
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+from .common import first_visible, last_visible, log2_weights, points_below, uniform
+
+
+@triton.jit(
+    do_not_specialize=[
+        "seed", "position", "layer", "head_offset", "samples", "N", "split_tiles",
+        "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_mb",
+        "stride_mn",
+    ]
+)  # fmt: skip
+def fused_kernel(
+    p_query,  # (B, KVH * G, 1, D)
+    p_key,  # (B, KVH, N, D)
+    p_value,  # (B, KVH, N, DV)
+    p_mask,  # (B, N) uint8
+    p_seed,  # (B,) int64
+    p_position,  # (B,) int64
+    p_partial,  # (B, KVH * G, splits, DV) float32
+    p_top,  # (B, KVH * G, splits) float32
+    p_mass,  # (B, KVH * G, splits) float32
+    scale: tl.float32,
+    softcap: tl.float32,
+    seed: tl.int64,
+    position: tl.int64,
+    layer: tl.int64,
+    head_offset: tl.int64,
+    samples: tl.int32,
+    N: tl.int32,
+    split_tiles: tl.int32,
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_kb: tl.int64,
+    stride_kh: tl.int64,
+    stride_vb: tl.int64,
+    stride_vh: tl.int64,
+    stride_mb: tl.int64,
+    stride_mn: tl.int64,
+    STRIDE_KN: tl.constexpr,
+    STRIDE_VN: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SEED: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    FIXED_TILE: tl.constexpr,  # the streams of the counter RNG
+    FIXED_SAMPLE: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGN_Q: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    ALIGN_V: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    VALUE_BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One split of the keys for a group of query heads; grid (splits * VALUE_BLOCKS, KVH, B)."""
+    i_split, i_dv = tl.program_id(0) // VALUE_BLOCKS, tl.program_id(0) % VALUE_BLOCKS
+    i_kv, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    splits = tl.num_programs(0) // VALUE_BLOCKS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    SAMPLED: tl.constexpr = ESTIMATOR != "dense"
+    o_t, o_g, o_d = tl.arange(0, TILE), tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    o_dv = i_dv * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    i_head = i_b * (tl.num_programs(1) * G) + i_kv * G
+
+    first = 0 * N
+    last = N - 1
+    if HAS_MASK:
+        p_mask += i_b * stride_mb
+        first = first_visible(p_mask, stride_mn, N, 8192)
+        if SAMPLED:
+            last = last_visible(p_mask, stride_mn, N, 8192)
+    if SAMPLED:
+        if HAS_SEED:
+            seed = tl.load(p_seed + i_b)
+        if HAS_POSITION:
+            position = tl.load(p_position + i_b)
+        # ceil(samples / tiles), with the tiles from the first to the last visible key.
+        tiles = tl.maximum((last - first) // TILE + 1, 1)
+        draws = (samples + tiles - 1) // tiles
+        head = head_offset + i_kv * G + o_g
+
+    p_query += tl.multiple_of(i_b * stride_qb + i_kv * G * stride_qh, ALIGN_Q)
+    o_query = tl.multiple_of(o_g * stride_qh, ALIGN_Q)[:, None] + o_d[None, :]
+    p_key += tl.multiple_of(i_b * stride_kb + i_kv * stride_kh, ALIGN_K)
+    p_value += tl.multiple_of(i_b * stride_vb + i_kv * stride_vh, ALIGN_V)
+    o_key = o_t[:, None] * STRIDE_KN + o_d[None, :]
+    o_value = o_t[:, None] * STRIDE_VN + o_dv[None, :]
+    if D <= BLOCK_D:
+        b_q = tl.load(p_query + o_query, mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0)
+
+    b_out = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
+    b_top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    b_mass = tl.zeros([BLOCK_G], tl.float32)
+    tile_start = i_split * split_tiles
+    tile_stop = min(tile_start + split_tiles, (N - first + TILE - 1) // TILE)
+    for i_tile in tl.range(tile_start, tile_stop):
+        start = first + i_tile * TILE
+        visible = o_t < N - start
+        if HAS_MASK:
+            o_mask = (start + o_t).to(tl.int64) * stride_mn
+            visible = visible & (tl.load(p_mask + o_mask, mask=visible, other=0) != 0)
+        p_tile = p_key + start.to(tl.int64) * STRIDE_KN
+        b_dot = tl.zeros([BLOCK_G, TILE], tl.float32)
+        for d in tl.static_range(0, D, BLOCK_D):
+            if D > BLOCK_D:
+                in_d = d + o_d < D
+                b_q = tl.load(
+                    p_query + o_query + d, mask=(o_g < G)[:, None] & in_d[None, :], other=0.0
+                )
+            if D % BLOCK_D == 0:
+                b_k = tl.load(p_tile + o_key + d, mask=visible[:, None], other=0.0)
+            else:
+                in_d = d + o_d < D
+                b_k = tl.load(p_tile + o_key + d, mask=visible[:, None] & in_d[None, :], other=0.0)
+            b_dot = tl.dot(b_q, tl.trans(b_k), b_dot, input_precision="ieee")
+        b_s = log2_weights(b_dot, visible[None, :], scale, softcap, HAS_SOFTCAP)  # [G, TILE]
+
+        b_tile_top = tl.max(b_s, axis=1)
+        b_new = tl.maximum(b_top, b_tile_top)
+        b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_rescale = tl.exp2(b_top - b_level)
+        p_rows = p_value + start.to(tl.int64) * STRIDE_VN
+        if SAMPLED:
+            b_tile_level = tl.where(b_tile_top == float("-inf"), 0.0, b_tile_top)
+            b_weight = tl.exp2(b_s - b_tile_level[:, None]) * 8388608.0 + 0.5
+            b_weight = b_weight.to(tl.uint32)
+            b_prefix = tl.cumsum(b_weight, axis=1)
+            b_whole = tl.sum(b_weight, axis=1)
+            b_before = b_prefix - b_weight
+            if ESTIMATOR == "systematic":
+                offset = uniform(seed, layer, head, position, 0 * o_g + i_tile, FIXED_TILE)[:, None]
+                b_rate = (draws / tl.maximum(b_whole, 1).to(tl.float64))[:, None]
+                b_count = points_below(b_prefix.to(tl.float64) * b_rate, offset)
+                b_count = tl.where(b_prefix == b_whole[:, None], draws, b_count)
+                b_under = points_below(b_before.to(tl.float64) * b_rate, offset)
+                b_under = tl.where(b_before == b_whole[:, None], draws, b_under)
+                b_count = (b_count - b_under).to(tl.int32)
+            else:
+                b_count = tl.zeros([BLOCK_G, TILE], tl.int32)
+                for j in range(draws):
+                    i_draw = tl.zeros([BLOCK_G], tl.int64) + i_tile * draws.to(tl.int64) + j
+                    point = uniform(seed, layer, head, position, i_draw, FIXED_SAMPLE)
+                    if ESTIMATOR == "stratified":
+                        point = (j + point) / draws
+                    b_whole_f = b_whole.to(tl.float64)
+                    point = tl.minimum(tl.floor(point * b_whole_f), b_whole_f - 1.0)
+                    point = tl.maximum(point, 0.0).to(tl.uint32)[:, None]
+                    b_count += ((b_before <= point) & (point < b_prefix)).to(tl.int32)
+            b_count = tl.where((o_g < G)[:, None] & visible[None, :], b_count, 0)
+            b_read = visible & (tl.max(b_count, axis=0) > 0)
+            if DV % BLOCK_DV == 0:
+                b_rows = b_read[:, None]
+            else:
+                b_rows = b_read[:, None] & (o_dv < DV)[None, :]
+            b_v = tl.load(p_rows + o_value, mask=b_rows, other=0.0)
+            # bf16 holds integers exactly to 256, so larger counts go in digit by digit.
+            b_drawn = tl.dot((b_count & 255).to(b_v.dtype), b_v, input_precision="ieee")
+            digits = draws >> 8
+            unit = 256.0
+            while digits > 0:
+                b_count = b_count >> 8
+                b_drawn += unit * tl.dot((b_count & 255).to(b_v.dtype), b_v, input_precision="ieee")
+                digits = digits >> 8
+                unit *= 256.0
+            b_tile_mass = b_whole.to(tl.float32) * 1.1920928955078125e-07
+            b_gain = tl.exp2(b_tile_top - b_level) * b_tile_mass
+            b_out = b_out * b_rescale[:, None] + b_drawn * (b_gain / draws)[:, None]
+            b_mass = b_mass * b_rescale + b_gain
+        else:
+            if DV % BLOCK_DV == 0:
+                b_rows = visible[:, None]
+            else:
+                b_rows = visible[:, None] & (o_dv < DV)[None, :]
+            b_v = tl.load(p_rows + o_value, mask=b_rows, other=0.0)
+            b_p = tl.exp2(b_s - b_level[:, None])
+            b_out = b_out * b_rescale[:, None]
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
+            b_mass = b_mass * b_rescale + tl.sum(b_p, axis=1)
+        b_top = b_new
+
+    o_split = (i_head + o_g) * splits + i_split
+    in_out = (o_g < G)[:, None] & (o_dv < DV)[None, :]
+    tl.store(p_partial + o_split[:, None] * DV + o_dv[None, :], b_out, mask=in_out)
+    if i_dv == 0:
+        tl.store(p_top + o_split, b_top, mask=o_g < G)
+        tl.store(p_mass + o_split, b_mass, mask=o_g < G)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def combine_kernel(
+    p_partial,  # (B, H, splits, DV) float32
+    p_top,  # (B, H, splits) float32
+    p_mass,  # (B, H, splits) float32
+    p_sinks,  # (H,) float32
+    p_out,  # (B, H, 1, DV)
+    splits: tl.int32,
+    DV: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Merge the splits of one head, always in the same order; grid (VALUE_BLOCKS, H, B)."""
+    i_dv, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_row = i_b * tl.num_programs(1) + i_h
+    o_d = i_dv * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    p_top += i_row * splits
+    p_mass += i_row * splits
+    p_partial += i_row * splits * DV
+    o_s = tl.arange(0, 16)
+    b_top = tl.full([16], float("-inf"), tl.float32)
+    for s in range(0, splits, 16):
+        in_s = s + o_s < splits
+        b_top = tl.maximum(b_top, tl.load(p_top + s + o_s, mask=in_s, other=float("-inf")))
+    top = tl.max(b_top, axis=0)
+    if HAS_SINKS:
+        sink = tl.load(p_sinks + i_h) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    level = tl.where(top == float("-inf"), 0.0, top)
+    b_out = tl.zeros([BLOCK_DV], tl.float32)
+    mass = tl.zeros([], tl.float32)
+    for s in range(0, splits, 16):
+        in_s = s + o_s < splits
+        b_scale = tl.load(p_top + s + o_s, mask=in_s, other=float("-inf"))
+        b_scale = tl.exp2(b_scale - level)
+        b_mass = tl.load(p_mass + s + o_s, mask=in_s, other=0.0)
+        o_part = (s + o_s)[:, None] * DV + o_d[None, :]
+        b_part = tl.load(p_partial + o_part, mask=in_s[:, None] & (o_d < DV)[None, :], other=0.0)
+        b_out += tl.sum(b_part * b_scale[:, None], axis=0)
+        mass += tl.sum(b_mass * b_scale, axis=0)
+    if HAS_SINKS:
+        mass += tl.exp2(sink - level)
+    b_out = tl.where(mass == 0.0, 0.0, b_out / mass)
+    tl.store(p_out + i_row * DV + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < DV)

@@ -1,0 +1,318 @@
+"""Host side of the kernels: what can run, tile choices, workspaces and launches.
+
+Workspaces come from PyTorch's caching allocator at every call, so that layers and steps reuse the same
+blocks, CUDA graphs keep them in their own pool, and streams and devices never share one. In bytes, with
+T = ceil(N / 128) tiles and C = ceil(samples / BLOCK_S) chunks of draws:
+
+    prop          B H (264 T + 8 C T + 4 Dv C + 4)        264 T = about 2 bytes a key and query head
+    dense, flash  B H (4 Dv + 8) splits                   splits <= 2 * multiprocessors
+"""
+
+import os
+from functools import cache
+
+import torch
+import triton
+
+from ..reference import FIXED_TILE, TILE
+from ..rng import Stream
+from .common import LOG2E
+from .fused import combine_kernel, fused_kernel
+from .sample import sample_kernel
+from .scores import scores_kernel
+
+__all__ = ["fused", "prop", "why_not"]
+
+# The integer prefix of pass 2 holds N * 2**40 in an int64.
+MAX_LENGTH = 2**23 - 1
+MAX_DIM = 1024
+MAX_GROUP = 128
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Tile choices, measured on an H100 (eval/bench/results). None of them changes a draw.
+# Pass 1: tiles of a program, and whether keys are the left operand of the product.
+KEYS_FIRST = True
+SCORE_TILES = 4
+SCORE_STAGES = 3
+SCORE_WARPS = 4
+# Pass 2: draws of a program, and tiles whose masses it sums at a time.
+BLOCK_S = 64
+BLOCK_T = 1024
+SAMPLE_WARPS = 8
+DENSE_TILE = 128
+DENSE_STAGES = 2
+DENSE_WARPS = 4
+# Bytes of shared memory that the tiles of a pipeline may take (an H100 gives a program 227 KiB).
+SHARED_MEMORY = 200 * 1024
+
+
+def why_not(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    """Why the Triton kernels cannot run on these tensors, in the words of an error; None if they can."""
+    if query.device.type != "cuda" and not _INTERPRETED:
+        return f"Triton kernels need a CUDA device, and query is on {query.device}"
+    if query.dtype == torch.float64:
+        return "Triton kernels compute in float32, and query is float64"
+    if max(query.shape[-1], value.shape[-1]) > MAX_DIM:
+        return f"Triton kernels take head dimensions up to {MAX_DIM}"
+    if query.shape[1] > MAX_GROUP * key.shape[1]:
+        return f"Triton kernels take up to {MAX_GROUP} query heads per KV head"
+    if key.shape[2] > MAX_LENGTH:
+        return f"Triton kernels take up to {MAX_LENGTH} keys"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        return "Triton kernels have no backward pass"
+    return None
+
+
+def prop(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    samples: int,
+    estimator: str,
+    scaling: float,
+    mask: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    layer: int,
+    position: torch.Tensor | None,
+    head_offset: int = 0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One sampled decode step in two passes; arguments and result as in `santa_decode`.
+
+    `index`, int64 (B, H, samples), receives the keys drawn, -1 where a draw fell on the sink.
+    """
+    batch, heads, _, dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    out = query.new_empty(batch, heads, 1, value.shape[-1])
+    mask, stride_mb, stride_mn = _mask_row(mask, batch)
+    position, last = _position(position, mask, batch, length)
+    pdl = _dependent_launch(query.device)
+    n_tiles = triton.cdiv(length, TILE)
+    chunks = triton.cdiv(samples, BLOCK_S)
+    stash = torch.empty(batch * heads * n_tiles * TILE, dtype=torch.float16, device=query.device)
+    top = torch.empty(batch * heads * n_tiles, dtype=torch.float32, device=query.device)
+    total = torch.empty(batch * heads * n_tiles, dtype=torch.int32, device=query.device)
+    done = torch.empty(batch * heads, dtype=torch.int32, device=query.device)
+    prefix = torch.empty(batch * heads * chunks * n_tiles, dtype=torch.int64, device=query.device)
+    partial = out
+    if chunks > 1:
+        partial = out.new_empty(batch * heads * chunks * value.shape[-1], dtype=torch.float32)
+    stages = _stages(SCORE_STAGES, TILE * dim * query.element_size())
+    scale, cap = _exponent_scale(scaling, softcap)
+    with _device(query):
+        scores_kernel[(triton.cdiv(n_tiles, SCORE_TILES), kv_heads, batch)](
+            query, key, mask, stash, top, total, done, scale, cap, length, n_tiles,
+            query.stride(0), query.stride(1), key.stride(0), key.stride(1), stride_mb, stride_mn,
+            STRIDE_KN=key.stride(2),
+            G=heads // kv_heads,
+            D=dim,
+            HAS_MASK=mask is not None,
+            HAS_SOFTCAP=softcap is not None,
+            TILE=TILE,
+            TILES=SCORE_TILES,
+            ALIGN=_alignment(key),
+            ALIGN_Q=_alignment(query),
+            BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
+            BLOCK_D=_block_of(dim),
+            KEYS_FIRST=KEYS_FIRST,
+            PDL=pdl,
+            num_warps=SCORE_WARPS,
+            num_stages=stages,
+        )  # fmt: skip
+        sample_kernel[(chunks, heads, batch)](
+            value, mask, sinks, seed.contiguous() if isinstance(seed, torch.Tensor) else None, position,
+            stash, top, total, done, prefix, partial, index, out,
+            seed if isinstance(seed, int) else 0, last, layer, head_offset, samples, length, n_tiles,
+            n_tiles.bit_length(), value.stride(0), value.stride(1), stride_mb, stride_mn,
+            STRIDE_VN=value.stride(2),
+            G=heads // kv_heads,
+            DV=value.shape[-1],
+            HAS_MASK=mask is not None,
+            HAS_SINKS=sinks is not None,
+            HAS_SEED=isinstance(seed, torch.Tensor),
+            HAS_POSITION=position is not None,
+            HAS_INDEX=index is not None,
+            ESTIMATOR=estimator,
+            GRID=int(Stream.GRID),
+            TILE_OFFSET=int(Stream.TILE),
+            SAMPLE=int(Stream.SAMPLE),
+            TILE=TILE,
+            ALIGN=_alignment(value),
+            BLOCK_S=BLOCK_S,
+            BLOCK_T=BLOCK_T,
+            BLOCK_DV=_block_of(value.shape[-1]),
+            PDL=pdl,
+            num_warps=SAMPLE_WARPS,
+            **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+    return out
+
+
+def fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    samples: int,
+    estimator: str,
+    scaling: float,
+    mask: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    layer: int,
+    position: torch.Tensor | None,
+    head_offset: int = 0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One decode step in one pass, exact or with a fixed budget per tile; as in `santa_decode`."""
+    batch, heads, _, dim = query.shape
+    kv_heads, length, value_dim = key.shape[1], key.shape[2], value.shape[-1]
+    out = query.new_empty(batch, heads, 1, value_dim)
+    mask, stride_mb, stride_mn = _mask_row(mask, batch)
+    last = 0
+    tile = DENSE_TILE
+    if estimator != "dense":
+        position, last = _position(position, mask, batch, length)
+        tile = FIXED_TILE
+    pdl = _dependent_launch(query.device)
+    block_g = max(16, triton.next_power_of_2(heads // kv_heads))
+    block_d, block_dv, options = _fused_blocks(query, value_dim, estimator, block_g)
+    value_blocks = triton.cdiv(value_dim, block_dv)
+    split_tiles = _split_tiles(length, tile, kv_heads * value_blocks, query.device)
+    splits = triton.cdiv(triton.cdiv(length, tile), split_tiles)
+    rows = batch * heads * splits
+    partial = torch.empty(rows * value_dim, dtype=torch.float32, device=query.device)
+    top = torch.empty(rows, dtype=torch.float32, device=query.device)
+    mass = torch.empty(rows, dtype=torch.float32, device=query.device)
+    scale, cap = _exponent_scale(scaling, softcap)
+    with _device(query):
+        fused_kernel[(splits * value_blocks, kv_heads, batch)](
+            query, key, value, mask, seed.contiguous() if isinstance(seed, torch.Tensor) else None,
+            position, partial, top, mass, scale, cap,
+            seed if isinstance(seed, int) else 0, last, layer, head_offset, samples, length,
+            split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
+            value.stride(0), value.stride(1), stride_mb, stride_mn,
+            STRIDE_KN=key.stride(2),
+            STRIDE_VN=value.stride(2),
+            G=heads // kv_heads,
+            D=dim,
+            DV=value_dim,
+            HAS_MASK=mask is not None,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_SEED=isinstance(seed, torch.Tensor),
+            HAS_POSITION=position is not None,
+            ESTIMATOR=estimator,
+            FIXED_TILE=int(Stream.FIXED_TILE),
+            FIXED_SAMPLE=int(Stream.FIXED_SAMPLE),
+            TILE=tile,
+            ALIGN_Q=_alignment(query),
+            ALIGN_K=_alignment(key),
+            ALIGN_V=_alignment(value),
+            BLOCK_G=block_g,
+            BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
+            VALUE_BLOCKS=value_blocks,
+            PDL=pdl,
+            **options,
+        )  # fmt: skip
+        combine_kernel[(value_blocks, heads, batch)](
+            partial, top, mass, sinks, out, splits,
+            DV=value_dim,
+            HAS_SINKS=sinks is not None,
+            BLOCK_DV=block_dv,
+            PDL=pdl,
+            num_warps=2,
+            **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+    return out
+
+
+def _stages(wanted: int, tile_bytes: int) -> int:
+    """Software pipeline stages whose tiles fit in shared memory."""
+    return max(1, min(wanted, SHARED_MEMORY // tile_bytes))
+
+
+def _fused_blocks(
+    query: torch.Tensor, value_dim: int, estimator: str, block_g: int
+) -> tuple[int, int, dict[str, int]]:
+    """Columns of K and V handled at a time, and launch options, such that tiles fit in memory."""
+    wide = query.dtype == torch.float32
+    block_d = min(_block_of(query.shape[-1]), 32 if wide else 128)
+    block_dv = min(triton.next_power_of_2(value_dim), 64 if wide else 256, 4096 // block_g)
+    block_dv = max(block_dv, 16)
+    if estimator != "dense":
+        return block_d, block_dv, {"num_warps": 8, "num_stages": 1}
+    tile_bytes = DENSE_TILE * (query.shape[-1] + block_dv) * query.element_size()
+    stages = _stages(DENSE_STAGES, tile_bytes)
+    return block_d, block_dv, {"num_warps": DENSE_WARPS, "num_stages": stages}
+
+
+def _split_tiles(length: int, tile: int, programs: int, device: torch.device) -> int:
+    """Tiles of a split: a power of two that depends on the bucket of N, the layer's shape and the
+    GPU, never on the batch, so that a row is computed alike alone and in a batch."""
+    tiles = triton.next_power_of_2(triton.cdiv(length, tile))
+    wanted = triton.next_power_of_2(triton.cdiv(2 * _processors(device), programs))
+    return max(1, tiles // wanted)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may start before the one it depends on has ended (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _device(tensor: torch.Tensor) -> "torch.cuda.device":
+    """The CUDA device of a tensor as a context; without CUDA (the interpreter) it does nothing."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+def _block_of(dim: int) -> int:
+    """Columns of K or V handled at a time: all of them up to 128, else an even division."""
+    if dim <= 128:
+        return max(16, triton.next_power_of_2(dim))
+    return 128 if dim % 128 == 0 or dim % 64 else 64
+
+
+def _alignment(tensor: torch.Tensor) -> int:
+    """Elements, at most 16 bytes of them, that the start of every head of K or V is a multiple of."""
+    align = 16 // tensor.element_size()
+    offsets = [tensor.stride(i) for i in (0, 1) if tensor.shape[i] > 1]
+    while align > 1 and any(offset % align for offset in offsets):
+        align //= 2
+    return align
+
+
+def _exponent_scale(scaling: float, softcap: float | None) -> tuple[float, float]:
+    """Scale and cap of base-2 scores, see `log2_weights`."""
+    if softcap is None:
+        return scaling * LOG2E, 0.0
+    return scaling / softcap, softcap * LOG2E
+
+
+def _mask_row(mask: torch.Tensor | None, batch: int) -> tuple[torch.Tensor | None, int, int]:
+    """The mask as bytes with its strides over batch and keys (0 where expanded)."""
+    if mask is None:
+        return None, 0, 0
+    row = mask.expand(batch, 1, 1, -1)
+    return mask.view(torch.uint8), row.stride(0), row.stride(3)
+
+
+def _position(
+    position: torch.Tensor | None, mask: torch.Tensor | None, batch: int, length: int
+) -> tuple[torch.Tensor | None, int]:
+    """Position of the token per row, or one for all: the index of the last visible key by default."""
+    if position is None and mask is not None:
+        position = length - 1 - mask[:, 0, 0].flip(-1).argmax(-1)
+    if position is None:
+        return None, length - 1
+    return position.expand(batch).contiguous(), 0
