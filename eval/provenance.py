@@ -1,0 +1,46 @@
+"""Where a figure comes from: machine, versions and commit, stored beside every result."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+__all__ = ["commit", "cpu_model", "versions"]
+
+
+def cpu_model() -> str:
+    """The name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python, PyTorch and the packages named; those not installed are left out."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with "+" if tracked files differ from it; None outside of one."""
+    here = Path(__file__).parent
+    try:
+        head = ["git", "rev-parse", "HEAD"]
+        name = subprocess.run(head, cwd=here, capture_output=True, text=True, check=True).stdout
+        clean = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=here).returncode == 0
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name.strip() + ("" if clean else "+")

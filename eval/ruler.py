@@ -1,0 +1,148 @@
+"""RULER prompts from lm-eval's own task objects: seeded, hashed, and built without a download."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+__all__ = ["OFFLINE_TASKS", "RulerPrompts", "build"]
+
+# What these need comes with lm-eval and wonderwords; the other RULER tasks read data sets.
+OFFLINE_TASKS = ("niah_single_1", "niah_multikey_2", "ruler_vt")
+
+# Below this, lm-eval's generator of ruler_vt never ends.
+_MIN_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class RulerPrompts:
+    """Prompts of one RULER task at one length.
+
+    Attributes:
+        task: lm-eval's name of the task.
+        version: lm-eval's version of the task.
+        length: RULER's length in tokens, which counts the answer but neither the answer's prefix
+            nor a chat template.
+        prompts: the text of each prompt, the answer's prefix included.
+        max_new_tokens: the length to which lm-eval lets an answer grow.
+        stop: strings that end an answer, besides the end-of-text token.
+    """
+
+    task: str
+    version: float
+    length: int
+    prompts: tuple[str, ...]
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    _task: Any = field(repr=False, compare=False)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all prompts and targets, in order."""
+        digest = hashlib.sha256()
+        for instance in self._task.instances:
+            digest.update(repr((instance.args[0], list(instance.doc["outputs"]))).encode())
+        return digest.hexdigest()
+
+    def score(self, index: int, answer: str) -> float:
+        """lm-eval's score of an answer to prompt `index`: the share of targets it contains."""
+        doc = self._task.instances[index].doc
+        return float(self._task.process_results(doc, [answer])[str(self.length)])
+
+
+def build(
+    task: str,
+    length: int,
+    count: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    chat: bool = False,
+) -> RulerPrompts:
+    """The first `count` prompts of a RULER task at one length.
+
+    lm-eval draws RULER's data from the global generators, so they would depend on what ran before:
+    here they are seeded by (seed, task, length), and restored afterwards.
+
+    Args:
+        task: one of `OFFLINE_TASKS`.
+        length: tokens by RULER's count, at least 1024.
+        count: number of prompts, 1 to 500.
+        tokenizer: loaded from a local directory, from which lm-eval loads it again.
+        seed: seed of the data.
+        chat: wrap each prompt in the tokenizer's chat template (lm-eval's `apply_chat_template`).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    if task not in OFFLINE_TASKS:
+        raise ValueError(f"task must be one of {', '.join(OFFLINE_TASKS)}, got {task!r}")
+    if length < _MIN_LENGTH:
+        raise ValueError(f"length must be at least {_MIN_LENGTH}, got {length}")
+    if not 1 <= count <= 500:
+        raise ValueError(f"count must be in [1, 500], got {count}")
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        loaded = _load(task, length, tokenizer.name_or_path, seed)
+        loaded.build_all_requests(
+            limit=count,
+            apply_chat_template=chat,
+            chat_template=_chat_template(tokenizer) if chat else None,
+        )
+    arguments = [instance.args for instance in loaded.instances]
+    settings = arguments[0][1]
+    return RulerPrompts(
+        task=task,
+        version=float(loaded.VERSION),
+        length=length,
+        prompts=tuple(prompt for prompt, _ in arguments),
+        max_new_tokens=settings["max_gen_toks"],
+        stop=tuple(settings["until"]),
+        _task=loaded,
+    )
+
+
+def _load(task: str, length: int, tokenizer: str, seed: int) -> Any:
+    # lm-eval's task files fetch sentence-splitting data when imported, which these tasks never use.
+    with patch("nltk.download"):
+        import lm_eval.tasks.ruler.prepare_niah  # noqa: F401
+    from lm_eval.tasks import TaskManager
+
+    package = find_spec("lm_eval.tasks.ruler")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    manager = TaskManager(
+        include_defaults=False,  # indexing all of lm-eval's tasks takes a while
+        include_path=[*package.submodule_search_locations],
+        metadata={"tokenizer": tokenizer, "max_seq_lengths": [length]},
+    )
+    state = random.getstate(), np.random.get_state()
+    key = hashlib.sha256(f"{seed}/{task}/{length}".encode()).digest()
+    random.seed(key)
+    np.random.seed(np.frombuffer(key, np.uint32))
+    try:
+        return manager.load([task])["tasks"][task]
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Any:
+    def render(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> Any:
+        # A prompt that ends in the answer's prefix leaves the assistant's turn open.
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    return render
