@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ import tiny
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
+    AutoModelForSeq2SeqLM,
     BartConfig,
-    BartForConditionalGeneration,
     DynamicCache,
     PreTrainedModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    T5Config,
 )
 
 import santa_hf
@@ -272,13 +274,12 @@ def test_a_four_dimensional_mask_of_the_caller() -> None:
         torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
 
 
-def test_cross_attention_is_exact() -> None:
-    """An encoder-decoder samples its self-attention; attention to the encoder is counted as exact."""
-    config = BartConfig(
+ENCODER_DECODERS = {
+    "bart": BartConfig(
         vocab_size=tiny.VOCABULARY,
         d_model=48,
-        encoder_layers=2,
-        decoder_layers=2,
+        encoder_layers=1,
+        decoder_layers=3,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=64,
@@ -287,17 +288,30 @@ def test_cross_attention_is_exact() -> None:
         forced_eos_token_id=None,
         eos_token_id=None,
         decoder_start_token_id=1,
-    )
-    model = BartForConditionalGeneration(config).eval()
-    inputs = tiny.left_padded(tiny.prompts(150, 137))
+    ),
+    "t5": T5Config(
+        vocab_size=tiny.VOCABULARY,
+        d_model=48,
+        d_kv=12,
+        d_ff=64,
+        num_layers=3,
+        num_heads=4,
+        initializer_factor=3.0,
+        eos_token_id=None,
+        decoder_start_token_id=1,
+    ),
+}
 
-    def generate(**santa: object) -> torch.Tensor:
-        model.set_attn_implementation("santa" if santa else "sdpa")
-        if santa:
-            santa_hf.configure(model, santa)
+
+def test_encoder_decoder(tmp_path: Path) -> None:
+    """Self-attention without a bias is sampled, as configured; the rest is exact."""
+    inputs = tiny.left_padded(tiny.prompts(150, 137))
+    steps = 6  # the decoder starts from one token, so every step of it is a decode step
+
+    def generate(model: PreTrainedModel) -> torch.Tensor:
         out = model.generate(
             **inputs,
-            max_new_tokens=6,
+            max_new_tokens=steps,
             do_sample=False,
             num_beams=1,
             output_logits=True,
@@ -305,15 +319,41 @@ def test_cross_attention_is_exact() -> None:
         )
         return torch.stack(out.logits, 1)
 
-    expected = generate()
-    torch.testing.assert_close(generate(estimator="dense"), expected, rtol=1e-5, atol=1e-5)
-    santa_hf.reset_stats(model)
-    with pytest.warns(UserWarning, match="BartAttention decodes with exact.*cross-attention"):
-        generate(samples=4)
-    counters = santa_hf.stats(model).total
-    # The decoder starts from one token, so every step of it is a decode step.
-    assert list(counters.fallbacks.values()) == [2 * 6]
-    assert counters.sampled == 2 * 6
+    for name, config in ENCODER_DECODERS.items():
+        sdpa = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="sdpa").eval()
+        expected = generate(sdpa)
+        model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="santa").eval()
+        model.load_state_dict(sdpa.state_dict())
+        santa_hf.configure(model, {"estimator": "dense"})
+        torch.testing.assert_close(generate(model), expected, rtol=1e-5, atol=1e-5)
+        assert santa_hf.stats(model).total.dense == 2 * 3 * steps
+
+        # Layers are those of the decoder, of which bart has more than encoder layers.
+        budget = {"samples": 4, "layers": {2: {"samples": 6}}}
+        santa_hf.configure(model, budget)
+        with pytest.raises(ValueError, match="layers names layer 3"):
+            santa_hf.configure(model, {"layers": {3: {"samples": 6}}})
+        if name == "t5":  # its halves read copies of the configuration, which stay at SDPA
+            sdpa.config._attn_implementation = "santa"
+            with pytest.raises(ValueError, match="attention is 'sdpa'"):
+                santa_hf.configure(sdpa, budget)
+        model.save_pretrained(tmp_path / name)
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(
+            tmp_path / name, attn_implementation="santa"
+        ).eval()
+        for sampled in (model, loaded):
+            santa_hf.reset_stats(sampled)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                generate(sampled)
+            counters = santa_hf.stats(sampled).total
+            if name == "bart":
+                assert counters.samples == (4 + 4 + 6) * 4 * 2 * steps
+                assert counters.fallbacks == {
+                    "the layer is not causal (cross-attention or an encoder)": 3 * steps
+                }
+            else:
+                assert counters.fallbacks == {"scores carry a position bias": 2 * 3 * steps}
 
 
 def test_a_tower_of_one_patch_is_exact() -> None:

@@ -43,22 +43,23 @@ def configure(
         config = SantaConfig.from_yaml(config)
     elif not isinstance(config, SantaConfig):
         config = SantaConfig.from_dict(config)
-    stored, *copies = _text_configs(model)
-    if stored._attn_implementation != "santa":
+    text_configs = _text_configs(model)
+    others = [c for c in text_configs if c._attn_implementation != "santa"]
+    if others:
         raise ValueError(
-            f"the model's attention is {stored._attn_implementation!r}, so a santa configuration "
+            f"the model's attention is {others[0]._attn_implementation!r}, so a santa configuration "
             'would do nothing; load it with attn_implementation="santa" or call '
             'model.set_attn_implementation("santa")'
         )
     config.check_layers(model.config.get_text_config(decoder=True).num_hidden_layers)
-    stored.santa = config.to_dict()
-    for copy in copies:
-        copy.santa = stored.santa
+    stored = config.to_dict()
+    for text_config in text_configs:
+        text_config.santa = stored
     return config
 
 
 def _text_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configurations that the layers of the text decoder read, first the one that is saved.
+    """The configurations that the layers of the text decoder read, and the one that is saved.
 
     They are one object, except in encoder-decoder models: these answer `get_text_config` with a
     copy, and some hand further copies to their halves.
