@@ -40,14 +40,19 @@ def install() -> None:
 
 
 def register() -> None:
-    """Register the attention and mask functions under "santa"; may be called again."""
+    """Register the attention and mask functions under "santa", and the caches that go with them.
+
+    May be called again.
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     from .attention import santa_attention, santa_mask
+    from .cache import use_in_place_layers
 
     AttentionInterface.register(_NAME, santa_attention)
     AttentionMaskInterface.register(_NAME, santa_mask)
+    use_in_place_layers()
 
 
 def _register_or_warn() -> None:

@@ -1,0 +1,156 @@
+"""Dynamic cache layers that grow in place.
+
+Transformers' DynamicLayer concatenates: every decode step copies the whole K and V, three times the bytes
+that attention reads. Here keys and values are views of buffers with head room, and a step writes its
+own rows only. A buffer holds at most an eighth more tokens than are cached, or `CHUNK` more if that
+is larger, so the copies made when it grows amount to at most nine rows per token written.
+
+Everything else is DynamicLayer's: any operation that replaces `keys` or `values` simply leaves the buffer
+behind, and the next step makes a new one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+__all__ = ["CHUNK", "InPlaceLayer", "InPlaceSlidingWindowLayer", "use_in_place_layers"]
+
+CHUNK = 128
+
+
+class _Buffer:
+    """Rows (B, H, capacity, D), of which `view` is the part that the layer holds, up to `stop`."""
+
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | None = None
+        self.view: torch.Tensor | None = None
+        self.stop = 0
+
+    def append(self, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """`held` (B, H, n, D), or empty, followed by `new` (B, H, q, D), as a view of the buffer."""
+        length = 0 if held.numel() == 0 else held.shape[2]
+        if length and (held.shape[:2] != new.shape[:2] or held.dtype != new.dtype):
+            return torch.cat([held, new], dim=-2)  # its error, or its promotion
+        queries = new.shape[2]
+        if held is not self.view or self.rows is None or self.stop + queries > self.rows.shape[2]:
+            total = length + queries
+            self.rows = new.new_empty(*new.shape[:2], total + max(CHUNK, total // 8), new.shape[3])
+            self.rows[:, :, :length] = held if length else self.rows[:, :, :0]
+            self.stop = length
+        self.rows[:, :, self.stop : self.stop + queries] = new
+        self.stop += queries
+        return self.rows[:, :, self.stop - queries - length : self.stop]
+
+
+class InPlaceLayer(DynamicLayer):  # type: ignore[misc]
+    """A DynamicLayer whose update writes the new rows behind the ones it holds."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._key_buffer, self._value_buffer = _Buffer(), _Buffer()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (B, KVH, q, D) and (B, KVH, q, Dv); returns all keys and values, as views.
+
+        Concatenates instead where autograd needs the old tensors, and in traced code.
+        """
+        if _must_concatenate(self, key_states, value_states):
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._append(key_states, value_states)
+
+    def _append(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = self._key_buffer.append(self.keys, key_states)
+        values = self._value_buffer.append(self.values, value_states)
+        self.keys = self._key_buffer.view = keys
+        self.values = self._value_buffer.view = values
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens from the end, as DynamicLayer does; the buffers stay in use."""
+        before = self.get_seq_length()
+        owned = [
+            (buffer, name)
+            for buffer, name in ((self._key_buffer, "keys"), (self._value_buffer, "values"))
+            if self.is_initialized and getattr(self, name) is buffer.view
+        ]
+        super().crop(tokens_to_remove)
+        for buffer, name in owned:
+            buffer.view = getattr(self, name)
+            buffer.stop -= before - self.get_seq_length()
+
+    def reset(self) -> None:
+        """Forget everything that is cached."""
+        super().reset()
+        self._key_buffer, self._value_buffer = _Buffer(), _Buffer()
+
+
+class InPlaceSlidingWindowLayer(InPlaceLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """A DynamicSlidingWindowLayer that moves its window along a buffer."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append, and keep the last `sliding_window - 1` tokens; returns what they see.
+
+        While past tokens are recorded (assisted decoding with rollback) it concatenates.
+        """
+        if self.record_past or _must_concatenate(self, key_states, value_states):
+            return DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.cumulative_length += key_states.shape[-2]
+        keys, values = self._append(key_states, value_states)
+        self.keys = self._key_buffer.view = keys[:, :, -self.sliding_window + 1 :]
+        self.values = self._value_buffer.view = values[:, :, -self.sliding_window + 1 :]
+        return keys, values
+
+
+_IN_PLACE: dict[type, type[InPlaceLayer]] = {
+    DynamicLayer: InPlaceLayer,
+    DynamicSlidingWindowLayer: InPlaceSlidingWindowLayer,
+}
+
+
+def _must_concatenate(layer: DynamicLayer, *new: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    held = (layer.keys, layer.values) if layer.is_initialized else ()
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (*new, *held))
+
+
+def use_in_place_layers() -> None:
+    """Give every DynamicCache made for a model with attention "santa" layers that grow in place.
+
+    Only fresh layers of exactly the stock classes are replaced; offloaded, quantised, static and
+    user-made caches, and caches made without a model's config, stay as they are. May be called again.
+    """
+    original = DynamicCache.__init__
+    if hasattr(original, "_santa"):
+        return
+
+    @functools.wraps(original)
+    def init(self: DynamicCache, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        config = kwargs.get("config", args[1] if len(args) > 1 else None)
+        if config is None or type(self) is not DynamicCache or self.offloading:
+            return
+        if config.get_text_config(decoder=True)._attn_implementation != "santa":
+            return
+        for i, layer in enumerate(self.layers):
+            in_place = _IN_PLACE.get(type(layer))
+            if in_place is not None and not layer.is_initialized:
+                window = getattr(layer, "sliding_window", None)
+                self.layers[i] = in_place() if window is None else in_place(sliding_window=window)
+
+    init._santa = True  # type: ignore[attr-defined]
+    DynamicCache.__init__ = init
