@@ -14,8 +14,10 @@ from tolerance import (
     attention,
     attention_budget,
     average_budget,
+    gamma,
     score_budget,
     softmax_budget,
+    working_dtype,
 )
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
@@ -76,15 +78,21 @@ def one_head(
     estimator: str,
     allocation: str,
     uniforms: Callable[[Stream, int], float],
+    sink: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws and total weight of each key of one head, by definition; scores -inf where masked."""
+    """Draws and total weight of each key of one head, by definition; scores -inf where masked.
+
+    The sink, a logit or -inf, is one more key after the last, in a tile of its own; what is drawn
+    there adds nothing.
+    """
     visible = np.flatnonzero(scores > -np.inf)
     number, weight = np.zeros(len(scores), dtype=int), np.zeros(len(scores))
     if not len(visible):
         return number, weight
     first, last = visible[0], visible[-1]
-    p = np.exp(scores - scores.max())
+    p = np.exp(np.append(scores, sink) - max(scores.max(), sink))
     p /= p.sum()
+    p, p_sink = p[:-1], p[-1]
 
     def invert(mass: np.ndarray, fraction: float) -> int:
         """First key whose cumulative mass exceeds the fraction of the whole."""
@@ -113,16 +121,17 @@ def one_head(
     if estimator == "systematic":
         offset = uniforms(Stream.GRID, 0)
         chosen = [
-            invert(np.array([m.sum() for _, m in tiles]), (k + offset) / samples)
+            invert(np.array([*(m.sum() for _, m in tiles), p_sink]), (k + offset) / samples)
             for k in range(samples)
         ]
         drawn = []
-        for t in sorted(set(chosen)):
+        for t in sorted(set(chosen) - {len(tiles)}):
             start, mass = tiles[t]
             n = chosen.count(t)
             drawn += [start + invert(mass, (j + uniforms(Stream.TILE, t)) / n) for j in range(n)]
     else:
-        drawn = [invert(p, point) for point in points(Stream.SAMPLE, samples)]
+        drawn = [invert(np.append(p, p_sink), x) for x in points(Stream.SAMPLE, samples)]
+        drawn = [i for i in drawn if i < len(p)]
     np.add.at(number, drawn, 1)
     return number, number / samples
 
@@ -140,6 +149,8 @@ def brute_force(
     layer: int,
     position: torch.Tensor | None,
     head_offset: int = 0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     allocation: str = "global",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws (B, H, N) and outputs (B, H, 1, Dv), one head at a time."""
@@ -157,12 +168,16 @@ def brute_force(
         row_seed = int(seed[b]) if isinstance(seed, torch.Tensor) else seed
         for h in range(heads):
             keys, values = key[b, h // group].numpy(), value[b, h // group].numpy()
-            scores = np.where(visible, keys @ query[b, h, 0].numpy() * scaling, -np.inf)
+            scores = keys @ query[b, h, 0].numpy() * scaling
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
+            scores = np.where(visible, scores, -np.inf)
+            sink = -math.inf if sinks is None else float(sinks[h])
 
             def uniforms(stream: Stream, index: int, at=at, h=h, row_seed=row_seed) -> float:
                 return uniform_in_integers(row_seed, layer, head_offset + h, at, index, stream)
 
-            n, weight = one_head(scores, samples, estimator, allocation, uniforms)
+            n, weight = one_head(scores, samples, estimator, allocation, uniforms, sink)
             number[b, h] = torch.from_numpy(n)
             out[b, h, 0] = torch.from_numpy(weight @ values)
     return number, out
@@ -264,6 +279,49 @@ def test_budgets_equal_brute_force(estimator: str, length: int, samples: int) ->
     for allocation in ALLOCATIONS if samples <= 3 else ("global",):
         given = {"estimator": estimator, "samples": samples, "allocation": allocation}
         assert_equals_brute_force(query, key, value, **given)
+
+
+@pytest.mark.parametrize("kind", [None, "left padding", "holes"])
+@pytest.mark.parametrize("extra", ["softcap", "sinks", "both"])
+@each_allocation
+@each_estimator
+def test_softcap_and_sinks_equal_brute_force(
+    estimator: str, allocation: Any, extra: str, kind: str | None
+) -> None:
+    query, key, value = case(2, 6, 2, 420, 8, 6, spread=3.0)
+    changes: dict[str, Any] = {"mask": None if kind is None else _mask(kind, 2, 420)}
+    if extra != "sinks":
+        changes["softcap"] = 2.5
+    if extra != "softcap":
+        # From no weight to nearly all of it: the scores reach about 10, their log-sum-exp 11.
+        changes["sinks"] = torch.tensor([-math.inf, -5.0, 4.0, 8.0, 11.0, 30.0]).double()
+    assert_equals_brute_force(
+        query, key, value, estimator=estimator, allocation=allocation, **changes
+    )
+
+
+@pytest.mark.parametrize("dtype", [*LOW_PRECISION, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [None, "left padding", "one row all masked"])
+def test_dense_with_softcap_and_sinks(dtype: torch.dtype, kind: str | None) -> None:
+    query, key, value = case(2, 6, 2, 420, 8, 6, dtype, spread=3.0)
+    mask = None if kind is None else _mask(kind, 2, 420)
+    sinks = torch.tensor([-math.inf, -5.0, 4.0, 8.0, 11.0, 30.0]).double()
+    scores = query.double() @ key.double().repeat_interleave(3, 1).mT * 8**-0.5
+    scores = 2.5 * torch.tanh(scores / 2.5)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    p = torch.cat((scores, sinks.view(1, 6, 1, 1).expand(2, -1, 1, 1)), -1).softmax(-1)[..., :-1]
+    exact = p.nan_to_num() @ value.double().repeat_interleave(3, 1)
+    given = arguments(query, estimator="dense", mask=mask, softcap=2.5, sinks=sinks.to(dtype))
+    out = reference.decode(query, key, value, **given)
+    # The rounding of the scores moves the softmax, whose rows are then averaged and rounded.
+    budget = score_budget(query.view(2, 2, 3, 8), key, 8**-0.5).amax(-1).view(2, 6, 1, 1)
+    moved = 2 * torch.expm1(2 * budget + gamma(420 + 20, working_dtype(dtype)))
+    allowed = moved * value.double().abs().max() + average_budget(
+        p.nan_to_num().squeeze(2), value.double().repeat_interleave(3, 1), dtype
+    ).unsqueeze(2)
+    assert out.dtype == dtype
+    assert ((out.double() - exact).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 2.0, 30.0])

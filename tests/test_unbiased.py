@@ -20,6 +20,7 @@ from tolerance import (
     softmax_budget,
     unit_roundoff,
 )
+from torch.nn.functional import pad
 
 from santa_hf import reference
 from santa_hf.rng import Stream
@@ -30,15 +31,22 @@ each_allocation = pytest.mark.parametrize("allocation", ["global", "tile"])
 
 
 class Softmax(NamedTuple):
-    """A softmax to draw from: unnormalised log weights of the keys, which are visible, S."""
+    """A softmax to draw from: log weights of the keys, which are visible, S, and a sink logit."""
 
     log_weight: torch.Tensor
     visible: torch.Tensor
     samples: int
+    sink: float = -torch.inf
+
+    @property
+    def with_sink(self) -> torch.Tensor:
+        """Probabilities of the keys and, last, of the sink."""
+        log_weight = self.log_weight.masked_fill(~self.visible, -torch.inf)
+        return torch.cat((log_weight, log_weight.new_tensor([self.sink]))).softmax(0)
 
     @property
     def p(self) -> torch.Tensor:
-        return self.log_weight.masked_fill(~self.visible, -torch.inf).softmax(0)
+        return self.with_sink[:-1]
 
     def tiles(self, size: int) -> tuple[torch.Tensor, ...]:
         """Probabilities of each tile of keys, counted from the first visible key to the last."""
@@ -80,10 +88,14 @@ def _softmax(name: str) -> Softmax:
         "hidden tiles": (_gaussian(600, 1.0), (column > 40) & ((column < 60) | (column > 330)), 20),
         "holes": (_gaussian(600, 1.0), (column % 3 != 0) & (column > 7) & (column < 431), 20),
         "last tile of one key": (_gaussian(257, 1.5), None, 20),
+        "sink logit": (_gaussian(300, 1.5), None, 20),
+        "heavy sink logit": (_gaussian(300, 1.5), None, 20),
     }[name]
     if visible is None:
         visible = torch.ones(len(log_weight), dtype=torch.bool)
-    return Softmax(log_weight, visible, samples)
+    # Half of the mass, and all but a thousandth.
+    logit = {"sink logit": 0.0, "heavy sink logit": 7.0}.get(name, -torch.inf)
+    return Softmax(log_weight, visible, samples, float(log_weight.logsumexp(0)) + logit)
 
 
 SOFTMAXES = [
@@ -100,6 +112,8 @@ SOFTMAXES = [
     "hidden tiles",
     "holes",
     "last tile of one key",
+    "sink logit",
+    "heavy sink logit",
 ]
 each_softmax = pytest.mark.parametrize("name", SOFTMAXES)
 
@@ -126,6 +140,9 @@ def drawn(
         layer=0,
         position=torch.zeros(replicates, dtype=torch.int64),
         allocation=allocation,
+        sinks=None
+        if softmax.sink == -torch.inf
+        else torch.tensor([softmax.sink], dtype=torch.float64),
     )
 
 
@@ -150,17 +167,24 @@ def with_uniforms(
 
 
 def intervals(breakpoints: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Midpoints and lengths of the pieces into which breakpoints (modulo 1) cut [0, 1)."""
+    """Nodes and weights of the integral of a step function with the given breakpoints modulo 1.
+
+    Each piece is taken at both of its ends, 1e-10 inside, with half its length: a breakpoint that
+    is elsewhere in the reference changes one of the two.
+    """
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     cuts = torch.cat((breakpoints.frac(), ends)).sort().values
     length = cuts.diff()
-    return ((cuts[1:] + cuts[:-1]) / 2)[length > 0], length[length > 0]
+    inset = (length / 2).clamp(max=1e-10)
+    nodes = torch.cat((cuts[:-1] + inset, cuts[1:] - inset))
+    weight = torch.cat((length, length)) / 2
+    return nodes[weight > 0], weight[weight > 0]
 
 
 def expected_share(
     monkeypatch: pytest.MonkeyPatch, softmax: Softmax, estimator: str, allocation: str
 ) -> torch.Tensor:
-    """The expectation of `share`, exactly: the sum over the pieces on which the draws are constant.
+    """The expectation of `share`, exactly: a sum over the pieces on which the draws are constant.
 
     Each draw depends on one uniform, or on the two of (row, tile), and expectation is linear, so
     draws may share the uniform that is integrated over, whatever their joint law.
@@ -329,7 +353,8 @@ def analytic_variance(
 ) -> torch.Tensor:
     """Variance of sum_i share_i x_i; with a fixed budget per tile, sum_t P_t^2 Var_t."""
     if allocation == "global":
-        return variance_of(softmax.p, x, softmax.samples, estimator)
+        # A draw of the sink contributes zero.
+        return variance_of(softmax.with_sink, pad(x, (0, 1)), softmax.samples, estimator)
     tiles, seen = softmax.tiles(FIXED_TILE), softmax.visible.nonzero()
     x = x[:, seen[0] : seen[-1] + 1]
     draws = -(-softmax.samples // len(tiles))
@@ -492,7 +517,7 @@ def test_stratified_variance_is_at_most_multinomial(name: str) -> None:
     softmax = _softmax(name)
     x = directions(len(softmax.p), 64)
     stratified, multinomial = (
-        variance_of(softmax.p, x, softmax.samples, e) for e in ("stratified", "multinomial")
+        analytic_variance(softmax, x, e, "global") for e in ("stratified", "multinomial")
     )
     assert (stratified <= multinomial * (1 + 1e-9)).all()
 
@@ -502,7 +527,7 @@ def test_systematic_variance_is_at_most_multinomial_on_random_values(name: str) 
     """A measurement: mean over the directions, whose own error is a few per cent."""
     softmax = _softmax(name)
     estimates, exact, x = over_seeds(softmax, "systematic", "global")
-    multinomial = variance_of(softmax.p, x, softmax.samples, "multinomial").mean()
+    multinomial = analytic_variance(softmax, x, "multinomial", "global").mean()
     assert ((estimates - exact) ** 2).mean() <= 1.05 * multinomial
 
 
