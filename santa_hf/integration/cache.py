@@ -1,12 +1,12 @@
 """Dynamic cache layers that grow in place.
 
-Transformers' DynamicLayer concatenates: every decode step copies the whole K and V, three times the bytes
-that attention reads. Here keys and values are views of buffers with head room, and a step writes its
-own rows only. A buffer holds at most an eighth more tokens than are cached, or `CHUNK` more if that
-is larger, so the copies made when it grows amount to at most nine rows per token written.
+Transformers' DynamicLayer concatenates: every decode step copies the whole K and V, and moves three
+times the bytes that attention reads. Here keys and values are views of buffers with head room, and a
+step writes its own rows only. A buffer is made with room for an eighth more tokens than are cached, or
+for `CHUNK` more if that is larger, so growing it copies at most eight rows per token written.
 
-Everything else is DynamicLayer's: any operation that replaces `keys` or `values` simply leaves the buffer
-behind, and the next step makes a new one.
+Everything else is DynamicLayer's: any operation that replaces `keys` or `values` simply leaves the
+buffer behind, and the next step makes a new one.
 """
 
 from __future__ import annotations
@@ -30,16 +30,21 @@ class _Buffer:
         self.view: torch.Tensor | None = None
         self.stop = 0
 
-    def append(self, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def append(self, held: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         """`held` (B, H, n, D), or empty, followed by `new` (B, H, q, D), as a view of the buffer."""
-        length = 0 if held.numel() == 0 else held.shape[2]
-        if length and (held.shape[:2] != new.shape[:2] or held.dtype != new.dtype):
+        length = 0 if held is None or held.numel() == 0 else held.shape[2]
+        if (
+            held is not None
+            and length
+            and (held.shape[:2] != new.shape[:2] or held.dtype != new.dtype)
+        ):
             return torch.cat([held, new], dim=-2)  # its error, or its promotion
         queries = new.shape[2]
         if held is not self.view or self.rows is None or self.stop + queries > self.rows.shape[2]:
             total = length + queries
             self.rows = new.new_empty(*new.shape[:2], total + max(CHUNK, total // 8), new.shape[3])
-            self.rows[:, :, :length] = held if length else self.rows[:, :, :0]
+            if held is not None and length:
+                self.rows[:, :, :length] = held
             self.stop = length
         self.rows[:, :, self.stop : self.stop + queries] = new
         self.stop += queries
@@ -148,9 +153,9 @@ def use_in_place_layers() -> None:
             return
         for i, layer in enumerate(self.layers):
             in_place = _IN_PLACE.get(type(layer))
-            if in_place is not None and not layer.is_initialized:
+            if in_place is not None and not getattr(layer, "is_initialized", False):
                 window = getattr(layer, "sliding_window", None)
                 self.layers[i] = in_place() if window is None else in_place(sliding_window=window)
 
     init._santa = True  # type: ignore[attr-defined]
-    DynamicCache.__init__ = init
+    DynamicCache.__init__ = init  # type: ignore[method-assign]
