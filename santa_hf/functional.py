@@ -69,7 +69,7 @@ def santa_decode(
     mask, position, seed = _validate(
         query, key, value, samples, estimator, mask, seed, layer, position, head_offset, kernel
     )
-    _validate_scores(query, softcap, sinks)
+    _validate_scores(query, scaling, softcap, sinks)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     row_seed = seed if isinstance(seed, torch.Tensor) else None
@@ -164,6 +164,10 @@ def _tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {value!r}")
 
 
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
@@ -253,11 +257,14 @@ def _validate(
 
 
 def _validate_scores(
-    query: torch.Tensor, softcap: float | None, sinks: torch.Tensor | None
+    query: torch.Tensor, scaling: float | None, softcap: float | None, sinks: torch.Tensor | None
 ) -> None:
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if scaling is not None and not _finite(scaling):
+        raise ValueError(f"scaling must be a finite number or None, got {scaling!r}")
+    if softcap is not None and not (_finite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be a positive finite number or None, got {softcap!r}")
     if sinks is not None:
+        _tensor("sinks", sinks)
         if sinks.shape != query.shape[1:2] or not sinks.is_floating_point():
             raise ValueError(
                 f"sinks must be floating point of shape ({query.shape[1]},), "

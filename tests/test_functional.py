@@ -114,6 +114,15 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "softcap must be a positive finite number or None, got inf",
     ),
+    ({"softcap": "2"}, ValueError, "softcap must be a positive finite number or None, got '2'"),
+    ({"scaling": "2"}, ValueError, "scaling must be a finite number or None, got '2'"),
+    ({"scaling": torch.nan}, ValueError, "scaling must be a finite number or None, got nan"),
+    (
+        {"scaling": torch.ones(2)},
+        ValueError,
+        r"scaling must be a finite number or None, got tensor",
+    ),
+    ({"sinks": [0.0] * 6}, TypeError, "sinks must be a tensor, got"),
     ({"sinks": torch.zeros(2)}, ValueError, r"sinks must be floating point of shape \(6,\), got"),
     ({"sinks": torch.zeros(6).long()}, ValueError, r"sinks must be floating point .*torch.int64"),
 ]
