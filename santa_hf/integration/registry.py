@@ -32,8 +32,7 @@ def autoload() -> None:
 
 def install() -> None:
     """Register now or as soon as Transformers' model code is imported; may be called again."""
-    module = sys.modules.get(_TARGET)
-    if module is not None and not getattr(module.__spec__, "_initializing", False):
+    if _loaded():
         _register_or_warn()
     elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Hook())
@@ -62,18 +61,32 @@ def _register_or_warn() -> None:
         warnings.warn(f"santa_hf could not register with Transformers: {error}", stacklevel=2)
 
 
+def _loaded() -> bool:
+    """Whether Transformers' model code has been imported, and has run to its end."""
+    module = sys.modules.get(_TARGET)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
 class _Hook(importlib.abc.MetaPathFinder):
-    """Finds `transformers.modeling_utils` once, and registers after it has run."""
+    """Finds `transformers.modeling_utils` once, and registers after it has run.
+
+    If that module is what imports torch, and so this package, it is past finding: then the first
+    model file that is imported after it is the sign that it has run.
+    """
 
     def find_spec(
         self, fullname: str, path: object, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _TARGET:
+        late = fullname.startswith("transformers.models.") and _loaded()
+        if fullname != _TARGET and not late:
             return None
         if self in sys.meta_path:
             sys.meta_path.remove(self)
+        if late:
+            _register_or_warn()
+        # The other finders, asked afresh: the caller walks the list that has just become shorter.
         spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
+        if not late and spec is not None and spec.loader is not None:
             spec.loader = _RegisterAfter(spec.loader)
         return spec
 
