@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_rng import uniform_in_integers
 from tolerance import (
     attention,
@@ -279,6 +281,44 @@ def test_budgets_equal_brute_force(estimator: str, length: int, samples: int) ->
     for allocation in ALLOCATIONS if samples <= 3 else ("global",):
         given = {"estimator": estimator, "samples": samples, "allocation": allocation}
         assert_equals_brute_force(query, key, value, **given)
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=80)
+@given(st.data())
+def test_any_case_equals_brute_force(data: st.DataObject) -> None:
+    batch, kv_heads, group = (data.draw(st.integers(1, n)) for n in (3, 2, 8))
+    heads, length = kv_heads * group, data.draw(st.integers(1, 600))
+    dim, value_dim = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    seed = data.draw(st.integers(0, 2**32))
+    spread = data.draw(st.sampled_from([0.5, 2.0, 8.0]))
+    query, key, value = case(
+        batch, heads, kv_heads, length, dim, value_dim, spread=spread, seed=seed
+    )
+    source = torch.Generator().manual_seed(seed + 1)
+    mask = None
+    if data.draw(st.booleans()):
+        rows = data.draw(st.sampled_from([1, batch]))
+        density = data.draw(st.sampled_from([0.02, 0.7, 1.0]))
+        mask = torch.rand(rows, 1, 1, length, generator=source) < density
+        mask[..., : data.draw(st.integers(0, length - 1))] = False
+        shown = torch.randint(length, (rows,), generator=source)
+        mask[torch.arange(rows), 0, 0, shown] = True  # at least one key of each row
+    words = st.lists(st.integers(0, 2**63 - 1), min_size=batch, max_size=batch)
+    assert_equals_brute_force(
+        query,
+        key,
+        value,
+        mask=mask,
+        samples=data.draw(st.sampled_from([1, 2, 9, 64])),
+        estimator=data.draw(st.sampled_from(ESTIMATORS)),
+        allocation=data.draw(st.sampled_from(ALLOCATIONS)),
+        seed=data.draw(st.integers(0, 2**63 - 1) | words.map(torch.tensor)),
+        layer=data.draw(st.integers(0, 2**24 - 1)),
+        position=data.draw(st.none() | words.map(torch.tensor)),
+        head_offset=data.draw(st.integers(0, 2**20)),
+        softcap=data.draw(st.sampled_from([None, 3.0])),
+        sinks=data.draw(st.sampled_from([None, torch.randn(heads, generator=source).double()])),
+    )
 
 
 @pytest.mark.parametrize("kind", [None, "left padding", "holes"])
@@ -575,6 +615,7 @@ def test_nan_scores_give_nan_as_in_sdpa(
 
     clean = key.nan_to_num(0.0, 0.0)
     column = torch.arange(420).view(1, 1, 1, 420)
+    # Draws do not see a masked key at all; SDPA adds -inf to its score, and NaN stays NaN.
     for mask in (column < 400, column != 400):
         out = reference.decode(query, key, value, **arguments(query, mask=mask, **given))
         expected = reference.decode(query, clean, value, **arguments(query, mask=mask, **given))
