@@ -125,6 +125,7 @@ def test_sampling_error_vanishes(family: str, case: str) -> None:
     assert error[64] > 5 * error[1024]
 
 
+@pytest.mark.filterwarnings("ignore:santa_hf")
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("santa", [{"estimator": "dense"}, {}], ids=["dense", "sampled"])
@@ -145,6 +146,8 @@ def test_output_attentions(family: str, implementation: str, santa: dict[str, ob
                 return_dict_in_generate=True,
             )
         )
+    fallbacks = sum(santa_hf.stats(model).total.fallbacks.values())
+    assert fallbacks == (0 if santa else tiny.LAYERS * (NEW_TOKENS - 1))
     eager, out = outs
     assert torch.equal(out.sequences, eager.sequences)
     torch.testing.assert_close(

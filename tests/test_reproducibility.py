@@ -17,9 +17,11 @@ import tiny
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     DynamicCache,
     PreTrainedModel,
+    Qwen2VLConfig,
     StaticCache,
 )
 
@@ -200,6 +202,36 @@ def test_no_uniform_is_used_twice(
         else:
             used = torch.cat([call.uniforms[stream].flatten() for call in calls])
             assert len(used.unique()) == len(used)
+
+
+def test_positions_of_several_axes() -> None:
+    """Qwen2-VL rotates by three positions per token; draws go by the text position among them."""
+    text = {**tiny.COMMON, "hidden_size": 64}
+    text.pop("head_dim")
+    config = Qwen2VLConfig(
+        text_config={
+            **text,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [2, 3, 3],
+                "rope_theta": 1e4,
+            },
+        },
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
+        image_token_id=4,
+        video_token_id=5,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
+    )
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="santa")
+    model.double().eval().generation_config.eos_token_id = None
+    santa_hf.configure(model, {"samples": 16, "strict": True})
+    rows = [row.clamp(min=8) for row in ROWS]
+    padded = generate(model, tiny.left_padded(rows), 20, pad_token_id=0)
+    for row, tokens in zip(rows, padded, strict=True):
+        assert torch.equal(generate(model, {"input_ids": row}, 20)[0], tokens)
+    santa_hf.configure(model, {"samples": 16, "seed": 1})
+    assert not torch.equal(generate(model, tiny.left_padded(rows), 20, pad_token_id=0), padded)
 
 
 @pytest.mark.model

@@ -50,12 +50,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": _MIXED,
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 30.0,
-            "query_pre_attn_scalar": 16,
+            "query_pre_attn_scalar": 24,
         },
     ),
     "gemma3": (
         "Gemma3TextConfig",
-        {"sliding_window": WINDOW, "layer_types": _MIXED, "query_pre_attn_scalar": 16},
+        {"sliding_window": WINDOW, "layer_types": _MIXED, "query_pre_attn_scalar": 24},
     ),
     "gpt_oss": (
         "GptOssConfig",
