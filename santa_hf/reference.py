@@ -303,6 +303,16 @@ def draw(
     return Draws(index.clamp_(max=length - 1), weight, softmax.total)
 
 
+def _weighted_sum(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """weight (B, KVH, G, N) and value (B, KVH, N, Dv), widened in blocks: (B, KVH, G, Dv)."""
+    out = weight.new_zeros(*weight.shape[:3], value.shape[-1])
+    for start in range(0, value.shape[2], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        for total, w, v in zip(out, weight, value, strict=True):
+            total += w[..., block] @ v[:, block].to(weight.dtype)
+    return out
+
+
 def average(value: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Weighted sum of the drawn rows of `value` (B, KVH, N, Dv): (B, H, 1, Dv), float32 or float64.
 
@@ -319,12 +329,7 @@ def average(value: torch.Tensor, draws: Draws) -> torch.Tensor:
     else:
         rows = weight.new_zeros(batch, kv_heads, group, length)
         rows.scatter_add_(3, draws.index, weight)
-        out = weight.new_zeros(batch, kv_heads, group, value.shape[-1])
-        for start in range(0, length, _BLOCK):
-            block = slice(start, start + _BLOCK)
-            for total, row, v in zip(out, rows, value, strict=True):
-                total += row[..., block] @ v[:, block].to(dtype)
-        out = out.unsqueeze(-2)
+        out = _weighted_sum(rows, value).unsqueeze(-2)
     mass = draws.mass[..., None]
     out = torch.where(mass > 0, out, mass.to(dtype))
     return out.view(batch, kv_heads * group, 1, -1)
@@ -353,7 +358,7 @@ def dense(
         peak = scores.amax(-1, keepdim=True)
         weight = scores.sub_(peak.masked_fill(peak == -torch.inf, 0.0)).exp_()
         mass = weight.sum(-1, keepdim=True)
-        out = (weight[..., : key.shape[2]] @ value.to(weight.dtype)) / mass
+        out = _weighted_sum(weight[..., : key.shape[2]], value) / mass
         out = out.masked_fill(mass == 0, 0.0).to(query.dtype)
         return out.reshape(batch, heads, 1, value.shape[-1])
     out = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)

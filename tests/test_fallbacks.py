@@ -160,14 +160,14 @@ def test_the_step_itself_is_sampled(layer: torch.nn.Module) -> None:
     assert santa_hf.stats(layer).total.sampled == 1
 
 
-def test_soft_capping_and_sinks_use_the_eager_function_of_the_model() -> None:
+def test_soft_capping_and_sinks_are_computed() -> None:
     for family, kwargs in (("gemma2", {"softcap": 2.0}), ("gpt_oss", {})):
         layer = tiny.build(family).model.layers[1].self_attn
         inputs = step()
         if family == "gpt_oss":
             kwargs = {"s_aux": layer.sinks.detach()}
-        with pytest.warns(UserWarning, match="santa_hf"):
-            out, _ = santa_attention(layer, **inputs, scaling=DIM**-0.5, **kwargs)
+        exact = {"santa": {"estimator": "dense"}}
+        out, _ = santa_attention(layer, **inputs, scaling=DIM**-0.5, **kwargs, **exact)
         key, value = (inputs[name].repeat_interleave(2, 1) for name in ("key", "value"))
         scores = inputs["query"] @ key.transpose(-1, -2) * DIM**-0.5
         if family == "gemma2":
@@ -184,11 +184,16 @@ def test_a_layer_without_an_eager_function_says_what_it_lacks() -> None:
     class Attention(torch.nn.Module):
         layer_idx = 0
 
-    with (
-        pytest.warns(UserWarning, match="soft-capped"),
-        pytest.raises(NotImplementedError, match=r"Attention asks for softcap=2\.0"),
-    ):
-        santa_attention(Attention().eval(), **step(), softcap=2.0)
+    inputs = {**step(), "query": torch.randn(BATCH, 4, 2, DIM), "attention_mask": None}
+    with pytest.raises(NotImplementedError, match=r"Attention asks for softcap=2\.0"):
+        santa_attention(Attention().eval(), **inputs, softcap=2.0)
+
+
+def test_sinks_of_another_shape_are_not_sampled() -> None:
+    layer = tiny.build("gpt_oss").model.layers[1].self_attn
+    with pytest.warns(UserWarning, match="not one per query head"):
+        santa_attention(layer, **step(), scaling=DIM**-0.5, s_aux=torch.zeros(1, 4))
+    assert santa_hf.stats(layer).total.sampled == 0
 
 
 def test_a_layer_without_a_config_samples_by_the_defaults() -> None:

@@ -109,7 +109,7 @@ class Force(LogitsProcessor):
 
 
 @pytest.mark.parametrize("case", SINGLE_TOKEN)
-@pytest.mark.parametrize("family", tiny.SAMPLED)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_sampling_error_vanishes(family: str, case: str) -> None:
     """It falls as 1/S: no key is drawn that should not be, and none is left out."""
     tokens, exact = without_santa(family, case)

@@ -106,7 +106,7 @@ def layouts(model: PreTrainedModel) -> dict[str, tuple[list[int], dict[str, obje
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("family", tiny.SAMPLED)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_uniforms_are_bitwise_equal(
     family: str, estimator: str, record: Callable[[], list[Step]]
 ) -> None:
@@ -134,7 +134,8 @@ def test_uniforms_are_bitwise_equal(
 @pytest.mark.parametrize(
     ("family", "santa"),
     [
-        *[(family, {}) for family in tiny.SAMPLED],
+        # Gemma 2's own prefill rounds to float32, and gpt_oss's experts have no float64.
+        *[(family, {}) for family in tiny.FAMILIES if family not in tiny.WITHOUT_SDPA],
         ("llama", {"estimator": "stratified"}),
         ("llama", {"estimator": "multinomial"}),
         ("llama", {"min_context": 130}),  # row 1 crosses it

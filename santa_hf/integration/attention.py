@@ -112,44 +112,39 @@ def _decode(
     kwargs: Mapping[str, Any],
 ) -> torch.Tensor:
     """One decode step as configured: (B, H, 1, Dv)."""
-    dense_step = partial(
+    step = partial(
         santa_decode,
         query,
         key,
         value,
         mask=mask,
         scaling=scaling,
-        estimator="dense",
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
         kernel=config.kernel,
     )
     if config.estimator == "dense":
-        return dense_step()
+        return step(estimator="dense")
     batch, heads = query.shape[:2]
     short = _short_rows(mask, key.shape[2], config.min_context)
     if short is True:
         _count(module, "dense")
-        return dense_step()
+        return step(estimator="dense")
     position = _position(batch, kwargs)
-    out = santa_decode(
-        query,
-        key,
-        value,
+    out = step(
         samples=config.samples,
         estimator=config.estimator,
-        scaling=scaling,
-        mask=mask,
         seed=config.seed,
         layer=cast(int, module.layer_idx),
         position=position,
-        kernel=config.kernel,
     )
     if isinstance(short, torch.Tensor):
-        out = torch.where(short, dense_step(), out)
+        out = torch.where(short, step(estimator="dense"), out)
     if not torch.compiler.is_compiling():
         rows = batch if short is False else int((~short.expand(batch, 1, 1, 1)).sum())
         _count(module, "sampled", config.samples * heads * rows)
         if counting_value_rows():
-            _count_rows(module, query, key, mask, scaling, config, position)
+            _count_rows(module, query, key, mask, scaling, config, position, kwargs)
     return out
 
 
@@ -203,10 +198,9 @@ def _why_not_sampled(
     """Why this decode call cannot be sampled, in the words of the warning; None if it can."""
     if kwargs.get("cache") is not None:
         return "continuous batching is not supported"
-    if kwargs.get("softcap") is not None:
-        return "scores are soft-capped"
-    if kwargs.get("s_aux") is not None:
-        return "the layer has attention sinks"
+    sinks = kwargs.get("s_aux")
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        return "the attention sinks are not one per query head"
     if kwargs.get("position_bias") is not None:
         return "scores carry a position bias"
     if kwargs.get("output_attentions"):
@@ -279,6 +273,7 @@ def _count_rows(
     scaling: float | None,
     config: LayerConfig,
     position: torch.Tensor | None,
+    kwargs: Mapping[str, Any],
 ) -> None:
     """Repeat the draws of a sampled call in the reference and count the value rows they read."""
     batch, kv_heads, length = key.shape[:3]
@@ -292,6 +287,8 @@ def _count_rows(
         seed=config.seed,
         layer=cast(int, module.layer_idx),
         position=position,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
         allocation="tile" if config.kernel == "flash" else "global",
     )
     visible = batch * length if mask is None else int(mask.expand(batch, -1, -1, -1).sum())
