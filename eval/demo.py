@@ -14,7 +14,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,6 @@ def run(
         progress: show a progress bar.
 
     Raises:
-        ValueError: lm-eval has no such task offline, or not at that length.
         NotImplementedError: the model cannot be sampled.
     """
     santa_hf.register()
@@ -211,7 +210,9 @@ def _plot(results: Sequence[TaskResult], suite: Suite, path: Path) -> None:
                 [arm.accuracy for arm in arms],
                 yerr=[0.0 if math.isnan(e := arm.standard_error) else e for arm in arms],
                 color=f"C{i}",
-                marker="o",
+                marker="os^D"[i % 4],
+                markersize=5 + 3 * i,
+                fillstyle="none" if i else "full",  # lines may coincide
                 capsize=3,
                 label=f"{result.length} tokens, n = {len(dense.scores)}",
             )
@@ -242,13 +243,15 @@ def _record(
             }
         tasks.append(entry)
     settings = asdict(suite)
-    weights = (model_dir / "model.safetensors").read_bytes()
+    weights = hashlib.sha256()
+    for path in sorted(model_dir.glob("*.safetensors")):
+        weights.update(path.read_bytes())
     return {
         "suite": settings,
         "suite_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "arms": {name: config and config.to_dict() for name, config in suite.arms().items()},
         "model": str(model_dir),
-        "model_sha256": hashlib.sha256(weights).hexdigest(),
+        "model_sha256": weights.hexdigest(),
         "dtype": "float32",
         "device": "cpu",
         "cpu": provenance.cpu_model(),
@@ -278,16 +281,9 @@ def _arguments(prog: str, argv: Sequence[str]) -> argparse.Namespace:
 def main(prog: str, argv: Sequence[str]) -> None:
     """Run `python -m eval demo`."""
     arguments = _arguments(prog, argv)
-    overrides: dict[str, Any] = {}
-    if arguments.samples is not None:
-        overrides["samples"] = tuple(arguments.samples)
-    if arguments.seed is not None:
-        overrides["seed"] = arguments.seed
-    suite = Suite.from_yaml(arguments.suite, **overrides)
-    if arguments.prompts is not None:
-        suite = replace(
-            suite, tasks=tuple(replace(t, prompts=arguments.prompts) for t in suite.tasks)
-        )
+    given = {"samples": arguments.samples and tuple(arguments.samples), "seed": arguments.seed}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    suite = Suite.from_yaml(arguments.suite, prompts=arguments.prompts, **overrides)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     started = time.perf_counter()

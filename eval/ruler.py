@@ -7,20 +7,23 @@ import io
 import random
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-__all__ = ["OFFLINE_TASKS", "RulerPrompts", "build"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["OFFLINE_TASKS", "RulerPrompts", "build", "check"]
 
 # What these need comes with lm-eval and wonderwords; the other RULER tasks read data sets.
 OFFLINE_TASKS = ("niah_single_1", "niah_multikey_2", "ruler_vt")
 
 # Below this, lm-eval's generator of ruler_vt never ends.
 _MIN_LENGTH = 1024
+_MAX_PROMPTS = 500  # what lm-eval generates
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,28 @@ class RulerPrompts:
         return float(self._task.process_results(doc, [answer])[str(self.length)])
 
 
+def check(task: str, length: int, prompts: int) -> None:
+    """Raise ValueError unless lm-eval can build these prompts without a download."""
+    if task not in OFFLINE_TASKS:
+        raise ValueError(f"task must be one of {', '.join(OFFLINE_TASKS)}, got {task!r}")
+    for name, value, low, high in (
+        ("length", length, _MIN_LENGTH, 2**20),
+        ("prompts", prompts, 1, _MAX_PROMPTS),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
+
+
 def build(
     task: str,
     length: int,
-    count: int,
+    prompts: int,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int = 0,
     chat: bool = False,
 ) -> RulerPrompts:
-    """The first `count` prompts of a RULER task at one length.
+    """The first prompts of a RULER task at one length.
 
     lm-eval draws RULER's data from the global generators, so they would depend on what ran before:
     here they are seeded by (seed, task, length), and restored afterwards.
@@ -76,7 +91,7 @@ def build(
     Args:
         task: one of `OFFLINE_TASKS`.
         length: tokens by RULER's count, at least 1024.
-        count: number of prompts, 1 to 500.
+        prompts: how many, 1 to 500.
         tokenizer: loaded from a local directory, from which lm-eval loads it again.
         seed: seed of the data.
         chat: wrap each prompt in the tokenizer's chat template (lm-eval's `apply_chat_template`).
@@ -84,16 +99,11 @@ def build(
     Raises:
         ValueError: an argument is out of its range.
     """
-    if task not in OFFLINE_TASKS:
-        raise ValueError(f"task must be one of {', '.join(OFFLINE_TASKS)}, got {task!r}")
-    if length < _MIN_LENGTH:
-        raise ValueError(f"length must be at least {_MIN_LENGTH}, got {length}")
-    if not 1 <= count <= 500:
-        raise ValueError(f"count must be in [1, 500], got {count}")
+    check(task, length, prompts)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         loaded = _load(task, length, tokenizer.name_or_path, seed)
         loaded.build_all_requests(
-            limit=count,
+            limit=prompts,
             apply_chat_template=chat,
             chat_template=_chat_template(tokenizer) if chat else None,
         )
@@ -111,24 +121,22 @@ def build(
 
 
 def _load(task: str, length: int, tokenizer: str, seed: int) -> Any:
-    # lm-eval's task files fetch sentence-splitting data when imported, which these tasks never use.
-    with patch("nltk.download"):
-        import lm_eval.tasks.ruler.prepare_niah  # noqa: F401
-    from lm_eval.tasks import TaskManager
-
-    package = find_spec("lm_eval.tasks.ruler")
-    assert package is not None
-    assert package.submodule_search_locations is not None
-    manager = TaskManager(
-        include_defaults=False,  # indexing all of lm-eval's tasks takes a while
-        include_path=[*package.submodule_search_locations],
-        metadata={"tokenizer": tokenizer, "max_seq_lengths": [length]},
-    )
+    """The task with its documents, drawn from generators seeded by (seed, task, length)."""
     state = random.getstate(), np.random.get_state()
     key = hashlib.sha256(f"{seed}/{task}/{length}".encode()).digest()
-    random.seed(key)
-    np.random.seed(np.frombuffer(key, np.uint32))
     try:
+        # lm-eval's files fetch sentence-splitting data when imported, which these tasks never use.
+        with patch("nltk.download"):
+            import lm_eval.tasks.ruler.prepare_niah as generator
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(
+            include_defaults=False,  # indexing all of lm-eval's tasks takes a while
+            include_path=Path(generator.__file__).parent,
+            metadata={"tokenizer": tokenizer, "max_seq_lengths": [length]},
+        )
+        random.seed(key)
+        np.random.seed(np.frombuffer(key, np.uint32))
         return manager.load([task])["tasks"][task]
     finally:
         random.setstate(state[0])

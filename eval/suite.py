@@ -12,6 +12,7 @@ import yaml
 
 from santa_hf import SantaConfig
 
+from . import ruler
 from .cli import CommandError
 
 __all__ = ["Suite", "TaskSettings"]
@@ -34,8 +35,8 @@ class TaskSettings:
     max_new_tokens: int
 
     def __post_init__(self) -> None:
-        for name in ("length", "prompts", "max_new_tokens"):
-            _at_least_one(name, getattr(self, name))
+        ruler.check(self.task, self.length, self.prompts)
+        _at_least_one("max_new_tokens", self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Suite:
     def __post_init__(self) -> None:
         if not self.tasks or not self.samples:
             raise ValueError("a suite needs at least one task and one number of samples")
+        if len(set(self.samples)) < len(self.samples):
+            raise ValueError(f"samples names a number twice: {list(self.samples)}")
         _at_least_one("window", self.window)
         if not isinstance(self.chat, bool):
             raise TypeError(f"chat must be true or false, got {self.chat!r}")
@@ -82,8 +85,10 @@ class Suite:
         return arms
 
     @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> Suite:
-        """Read a suite; `overrides` replace its fields.
+    def from_yaml(
+        cls, path: str | os.PathLike[str], *, prompts: int | None = None, **overrides: Any
+    ) -> Suite:
+        """Read a suite; `overrides` replace its fields, `prompts` that of every task.
 
         Raises:
             CommandError: no such file, not YAML, or not a valid suite; the message names the file.
@@ -91,11 +96,13 @@ class Suite:
         try:
             values = yaml.safe_load(Path(path).read_text())
             _refuse_unknown(values, cls)
-            for settings in values.get("tasks", ()):
+            changes = {} if prompts is None else {"prompts": prompts}
+            tasks = []
+            for settings in values.pop("tasks", ()):
                 _refuse_unknown(settings, TaskSettings)
-            tasks = tuple(TaskSettings(**settings) for settings in values.pop("tasks", ()))
+                tasks.append(TaskSettings(**{**settings, **changes}))
             samples = tuple(values.pop("samples", ()))
-            return cls(**{"tasks": tasks, "samples": samples, **values, **overrides})
+            return cls(**{"tasks": tuple(tasks), "samples": samples, **values, **overrides})
         except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
             raise CommandError(f"{os.fspath(path)}: {error}") from error
 
