@@ -1,6 +1,6 @@
 """Tiny random models of every family the integration supports, and prompts that make them work.
 
-The weights are drawn wide enough (standard deviation 0.2) that attention is peaked and a wrong mask or
+The weights are drawn wide enough (standard deviation 0.15) that attention is peaked and a wrong mask or
 a missing key moves the logits by far more than the tolerance of any test.
 """
 
@@ -29,7 +29,7 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": KV_HEADS,
     "head_dim": 16,
     "max_position_embeddings": 1024,
-    "initializer_range": 0.2,
+    "initializer_range": 0.15,
     "tie_word_embeddings": False,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -62,6 +62,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "sliding_window": WINDOW,
             "layer_types": _MIXED,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
             "num_local_experts": 2,
             "num_experts_per_tok": 1,
         },
