@@ -148,7 +148,7 @@ def _implementation(
     else:
         from .kernels import launch
 
-        reason = launch.why_not(query, key, value)
+        reason = launch.why_not(query, key, value, kernel)
         if reason is None:
             return launch.fused if kernel == "flash" or estimator == "dense" else launch.prop
     if kernel != "auto":

@@ -139,7 +139,7 @@ def _tiled_softmax(
     tile: int,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    stash: torch.dtype | None = None,
+    stash: bool = False,
 ) -> _TiledSoftmax:
     batch, _, length, _ = key.shape
     first, span = _visible_span(mask, batch, length, key.device)
@@ -159,8 +159,9 @@ def _tiled_softmax(
     scores = pad(scores, (0, -scores.shape[-1] % tile), value=-torch.inf).unflatten(-1, (-1, tile))
     top = scores.amax(-1)
     scores = scores.sub_(top.masked_fill(top == -torch.inf, 0.0)[..., None]).exp_()
-    # The sum of 128 weights in fp16 has up to 31 bits: exact in float64, not in float32.
-    cdf = scores.cumsum_(-1) if stash is None else scores.to(stash).double().cumsum(-1)
+    if stash:
+        scores = (scores.half().double() * 2**23).round_().mul_(2.0**-23)
+    cdf = scores.cumsum_(-1)
     top = top.double()
     peak = top.amax(-1, keepdim=True)
     if sinks is not None:
@@ -275,14 +276,14 @@ def draw(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     allocation: Literal["global", "tile"] = "global",
-    stash: torch.dtype | None = None,
+    stash: bool = False,
 ) -> Draws:
     """Draw value rows from the softmax of one decode step; arguments as in `santa_decode`.
 
     `allocation="global"` spreads the draws over the whole row, "tile" gives every tile of
     `FIXED_TILE` keys the same number (the paper's fused kernel, section on S2ANTA-flash). With
-    `stash`, weights are rounded to that dtype before anything is summed or drawn, as a kernel does
-    that leaves them in memory between its passes.
+    `stash`, weights are rounded before anything is summed or drawn as the kernels round them, which
+    leave them in memory between two passes: to float16, then to a multiple of 2**-23.
     """
     batch, heads, _, _ = query.shape
     kv_heads, length = key.shape[1:3]

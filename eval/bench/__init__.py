@@ -10,6 +10,7 @@ __all__ = ["BENCHMARKS", "main"]
 
 BENCHMARKS = {
     "reference": Command("eval.bench.reference", "the CPU path against SDPA"),
+    "kernels": Command("eval.bench.kernels", "the Triton kernels against dense ones on a GPU"),
 }
 
 

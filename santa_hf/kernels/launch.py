@@ -4,8 +4,8 @@ Workspaces come from PyTorch's caching allocator at every call, so that layers a
 blocks, CUDA graphs keep them in their own pool, and streams and devices never share one. In bytes, with
 T = ceil(N / 128) tiles and C = ceil(samples / BLOCK_S) chunks of draws:
 
-    prop          B H (264 T + 8 C T + 4 Dv C + 4)        264 T = about 2 bytes a key and query head
-    dense, flash  B H (4 Dv + 8) splits                   splits <= 2 * multiprocessors
+    prop          B H (264 T + 4 Dv C + 4)    264 T = about 2 bytes a key and query head
+    dense, flash  B H (4 Dv + 8) splits       splits <= 2 * multiprocessors
 """
 
 import os
@@ -21,46 +21,103 @@ from .fused import combine_kernel, fused_kernel
 from .sample import sample_kernel
 from .scores import scores_kernel
 
-__all__ = ["fused", "prop", "why_not"]
+__all__ = ["fused", "prop", "scores", "why_not"]
 
 # The integer prefix of pass 2 holds N * 2**40 in an int64.
 MAX_LENGTH = 2**23 - 1
 MAX_DIM = 1024
 MAX_GROUP = 128
+MAX_GROUP_FLASH = 64  # more heads times a tile of 256 keys do not fit
+MIN_GROUP = 8
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Tile choices, measured on an H100 (eval/bench/results). None of them changes a draw.
 # Pass 1: tiles of a program, and whether keys are the left operand of the product.
-KEYS_FIRST = True
-SCORE_TILES = 4
-SCORE_STAGES = 3
+KEYS_FIRST = False
+SCORE_TILES = 2
+SCORE_STAGES = 2
 SCORE_WARPS = 4
 # Pass 2: draws of a program, and tiles whose masses it sums at a time.
-BLOCK_S = 64
-BLOCK_T = 1024
-SAMPLE_WARPS = 8
-DENSE_TILE = 128
+BLOCK_S = 32
+BLOCK_T = 256
+SAMPLE_WARPS = 4
+SPLIT_WAVES = 1
+FLASH_WARPS = 4
+FLASH_STAGES = 1
+DENSE_TILE = 64
 DENSE_STAGES = 2
 DENSE_WARPS = 4
 # Bytes of shared memory that the tiles of a pipeline may take (an H100 gives a program 227 KiB).
 SHARED_MEMORY = 200 * 1024
 
 
-def why_not(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+def why_not(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: str = "prop"
+) -> str | None:
     """Why the Triton kernels cannot run on these tensors, in the words of an error; None if they can."""
     if query.device.type != "cuda" and not _INTERPRETED:
         return f"Triton kernels need a CUDA device, and query is on {query.device}"
+    if query.device.type != "cuda" and query.dtype == torch.bfloat16:
+        return "Triton's interpreter does not multiply bfloat16"
     if query.dtype == torch.float64:
         return "Triton kernels compute in float32, and query is float64"
     if max(query.shape[-1], value.shape[-1]) > MAX_DIM:
         return f"Triton kernels take head dimensions up to {MAX_DIM}"
-    if query.shape[1] > MAX_GROUP * key.shape[1]:
-        return f"Triton kernels take up to {MAX_GROUP} query heads per KV head"
+    group = MAX_GROUP_FLASH if kernel == "flash" else MAX_GROUP
+    if query.shape[1] > group * key.shape[1]:
+        return f"this Triton kernel takes up to {group} query heads per KV head"
     if key.shape[2] > MAX_LENGTH:
         return f"Triton kernels take up to {MAX_LENGTH} keys"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         return "Triton kernels have no backward pass"
     return None
+
+
+def scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    scaling: float,
+    mask: torch.Tensor | None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pass 1, see `scores_kernel`.
+
+    Returns:
+        stash float16 (B, H, T, TILE), top float32 (B, H, T), total int32 (B, H, T), and done int32
+        (B, H) of zeros. A tile without a visible key has top -inf and total 0.
+    """
+    batch, heads, _, dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    n_tiles = triton.cdiv(length, TILE)
+    rows, device = (batch, heads, n_tiles), query.device
+    stash = torch.empty(*rows, TILE, dtype=torch.float16, device=device)
+    top = torch.empty(rows, dtype=torch.float32, device=device)
+    total = torch.empty(rows, dtype=torch.int32, device=device)
+    done = torch.empty(batch, heads, dtype=torch.int32, device=device)
+    mask, stride_mb, stride_mn = _mask_row(mask, batch)
+    scale, cap = _exponent_scale(scaling, softcap)
+    with _device(query):
+        scores_kernel[(triton.cdiv(n_tiles, SCORE_TILES), kv_heads, batch)](
+            query, key, mask, stash, top, total, done, scale, cap, length, n_tiles,
+            query.stride(0), query.stride(1), key.stride(0), key.stride(1), stride_mb, stride_mn,
+            STRIDE_KN=key.stride(2),
+            G=heads // kv_heads,
+            D=dim,
+            HAS_MASK=mask is not None,
+            HAS_SOFTCAP=softcap is not None,
+            TILE=TILE,
+            TILES=SCORE_TILES,
+            ALIGN_Q=_alignment(query),
+            ALIGN=_alignment(key),
+            BLOCK_G=_block_of_group(heads // kv_heads),
+            BLOCK_D=_block_of(dim),
+            KEYS_FIRST=KEYS_FIRST,
+            PDL=_dependent_launch(device),
+            num_warps=SCORE_WARPS,
+            num_stages=_stages(SCORE_STAGES, TILE * dim * query.element_size()),
+        )  # fmt: skip
+    return stash, top, total, done
 
 
 def prop(
@@ -84,55 +141,30 @@ def prop(
 
     `index`, int64 (B, H, samples), receives the keys drawn, -1 where a draw fell on the sink.
     """
-    batch, heads, _, dim = query.shape
-    kv_heads, length = key.shape[1:3]
-    out = query.new_empty(batch, heads, 1, value.shape[-1])
-    mask, stride_mb, stride_mn = _mask_row(mask, batch)
-    position, last = _position(position, mask, batch, length)
-    pdl = _dependent_launch(query.device)
-    n_tiles = triton.cdiv(length, TILE)
-    chunks = triton.cdiv(samples, BLOCK_S)
-    stash = torch.empty(batch * heads * n_tiles * TILE, dtype=torch.float16, device=query.device)
-    top = torch.empty(batch * heads * n_tiles, dtype=torch.float32, device=query.device)
-    total = torch.empty(batch * heads * n_tiles, dtype=torch.int32, device=query.device)
-    done = torch.empty(batch * heads, dtype=torch.int32, device=query.device)
-    prefix = torch.empty(batch * heads * chunks * n_tiles, dtype=torch.int64, device=query.device)
+    batch, heads = query.shape[:2]
+    kv_heads, length, value_dim = value.shape[1:]
+    stash, top, total, done = scores(query, key, scaling=scaling, mask=mask, softcap=softcap)
+    out = query.new_empty(batch, heads, 1, value_dim)
+    block_s = _block_of_samples(samples)
+    chunks = triton.cdiv(samples, block_s)
     partial = out
     if chunks > 1:
-        partial = out.new_empty(batch * heads * chunks * value.shape[-1], dtype=torch.float32)
-    stages = _stages(SCORE_STAGES, TILE * dim * query.element_size())
-    scale, cap = _exponent_scale(scaling, softcap)
+        partial = out.new_empty(batch * heads * chunks * value_dim, dtype=torch.float32)
+    position, last = _position(position, mask, batch, length)
+    mask, stride_mb, stride_mn = _mask_row(mask, batch)
+    row_seed, seed = (seed.contiguous(), 0) if isinstance(seed, torch.Tensor) else (None, seed)
+    pdl = _dependent_launch(query.device)
     with _device(query):
-        scores_kernel[(triton.cdiv(n_tiles, SCORE_TILES), kv_heads, batch)](
-            query, key, mask, stash, top, total, done, scale, cap, length, n_tiles,
-            query.stride(0), query.stride(1), key.stride(0), key.stride(1), stride_mb, stride_mn,
-            STRIDE_KN=key.stride(2),
-            G=heads // kv_heads,
-            D=dim,
-            HAS_MASK=mask is not None,
-            HAS_SOFTCAP=softcap is not None,
-            TILE=TILE,
-            TILES=SCORE_TILES,
-            ALIGN=_alignment(key),
-            ALIGN_Q=_alignment(query),
-            BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
-            BLOCK_D=_block_of(dim),
-            KEYS_FIRST=KEYS_FIRST,
-            PDL=pdl,
-            num_warps=SCORE_WARPS,
-            num_stages=stages,
-        )  # fmt: skip
         sample_kernel[(chunks, heads, batch)](
-            value, mask, sinks, seed.contiguous() if isinstance(seed, torch.Tensor) else None, position,
-            stash, top, total, done, prefix, partial, index, out,
-            seed if isinstance(seed, int) else 0, last, layer, head_offset, samples, length, n_tiles,
-            n_tiles.bit_length(), value.stride(0), value.stride(1), stride_mb, stride_mn,
+            value, mask, sinks, row_seed, position, stash, top, total, done, partial, index, out,
+            seed, last, layer, head_offset, samples, length, top.shape[2],
+            value.stride(0), value.stride(1), stride_mb, stride_mn,
             STRIDE_VN=value.stride(2),
             G=heads // kv_heads,
-            DV=value.shape[-1],
+            DV=value_dim,
             HAS_MASK=mask is not None,
             HAS_SINKS=sinks is not None,
-            HAS_SEED=isinstance(seed, torch.Tensor),
+            HAS_SEED=row_seed is not None,
             HAS_POSITION=position is not None,
             HAS_INDEX=index is not None,
             ESTIMATOR=estimator,
@@ -141,9 +173,10 @@ def prop(
             SAMPLE=int(Stream.SAMPLE),
             TILE=TILE,
             ALIGN=_alignment(value),
-            BLOCK_S=BLOCK_S,
+            BLOCK_S=block_s,
             BLOCK_T=BLOCK_T,
-            BLOCK_DV=_block_of(value.shape[-1]),
+            LOG2_BLOCK_T=BLOCK_T.bit_length() - 1,
+            BLOCK_DV=_block_of(value_dim),
             PDL=pdl,
             num_warps=SAMPLE_WARPS,
             **({"launch_pdl": True} if pdl else {}),
@@ -171,14 +204,12 @@ def fused(
     batch, heads, _, dim = query.shape
     kv_heads, length, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     out = query.new_empty(batch, heads, 1, value_dim)
+    tile = DENSE_TILE if estimator == "dense" else FIXED_TILE
+    position, last = (None, 0) if estimator == "dense" else _position(position, mask, batch, length)
     mask, stride_mb, stride_mn = _mask_row(mask, batch)
-    last = 0
-    tile = DENSE_TILE
-    if estimator != "dense":
-        position, last = _position(position, mask, batch, length)
-        tile = FIXED_TILE
+    row_seed, seed = (seed.contiguous(), 0) if isinstance(seed, torch.Tensor) else (None, seed)
     pdl = _dependent_launch(query.device)
-    block_g = max(16, triton.next_power_of_2(heads // kv_heads))
+    block_g = _block_of_group(heads // kv_heads)
     block_d, block_dv, options = _fused_blocks(query, value_dim, estimator, block_g)
     value_blocks = triton.cdiv(value_dim, block_dv)
     split_tiles = _split_tiles(length, tile, kv_heads * value_blocks, query.device)
@@ -190,9 +221,8 @@ def fused(
     scale, cap = _exponent_scale(scaling, softcap)
     with _device(query):
         fused_kernel[(splits * value_blocks, kv_heads, batch)](
-            query, key, value, mask, seed.contiguous() if isinstance(seed, torch.Tensor) else None,
-            position, partial, top, mass, scale, cap,
-            seed if isinstance(seed, int) else 0, last, layer, head_offset, samples, length,
+            query, key, value, mask, row_seed, position, partial, top, mass, scale, cap,
+            seed, last, layer, head_offset, samples, length,
             split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
             value.stride(0), value.stride(1), stride_mb, stride_mn,
             STRIDE_KN=key.stride(2),
@@ -202,7 +232,7 @@ def fused(
             DV=value_dim,
             HAS_MASK=mask is not None,
             HAS_SOFTCAP=softcap is not None,
-            HAS_SEED=isinstance(seed, torch.Tensor),
+            HAS_SEED=row_seed is not None,
             HAS_POSITION=position is not None,
             ESTIMATOR=estimator,
             FIXED_TILE=int(Stream.FIXED_TILE),
@@ -244,7 +274,8 @@ def _fused_blocks(
     block_dv = min(triton.next_power_of_2(value_dim), 64 if wide else 256, 4096 // block_g)
     block_dv = max(block_dv, 16)
     if estimator != "dense":
-        return block_d, block_dv, {"num_warps": 8, "num_stages": 1}
+        warps = FLASH_WARPS if block_g <= 16 else 8
+        return block_d, block_dv, {"num_warps": warps, "num_stages": FLASH_STAGES}
     tile_bytes = DENSE_TILE * (query.shape[-1] + block_dv) * query.element_size()
     stages = _stages(DENSE_STAGES, tile_bytes)
     return block_d, block_dv, {"num_warps": DENSE_WARPS, "num_stages": stages}
@@ -254,7 +285,7 @@ def _split_tiles(length: int, tile: int, programs: int, device: torch.device) ->
     """Tiles of a split: a power of two that depends on the bucket of N, the layer's shape and the
     GPU, never on the batch, so that a row is computed alike alone and in a batch."""
     tiles = triton.next_power_of_2(triton.cdiv(length, tile))
-    wanted = triton.next_power_of_2(triton.cdiv(2 * _processors(device), programs))
+    wanted = triton.next_power_of_2(triton.cdiv(SPLIT_WAVES * _processors(device), programs))
     return max(1, tiles // wanted)
 
 
@@ -274,6 +305,16 @@ def _dependent_launch(device: torch.device) -> bool:
 def _device(tensor: torch.Tensor) -> "torch.cuda.device":
     """The CUDA device of a tensor as a context; without CUDA (the interpreter) it does nothing."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+def _block_of_group(group: int) -> int:
+    """Query heads of a KV head in one product."""
+    return max(MIN_GROUP, triton.next_power_of_2(group))
+
+
+def _block_of_samples(samples: int) -> int:
+    """Draws of a program of pass 2: by the budget alone, so that a row is summed alike in any batch."""
+    return BLOCK_S if samples <= 4 * BLOCK_S else 4 * BLOCK_S
 
 
 def _block_of(dim: int) -> int:
@@ -312,7 +353,7 @@ def _position(
 ) -> tuple[torch.Tensor | None, int]:
     """Position of the token per row, or one for all: the index of the last visible key by default."""
     if position is None and mask is not None:
-        position = length - 1 - mask[:, 0, 0].flip(-1).argmax(-1)
+        position = length - 1 - mask[:, 0, 0].byte().flip(-1).argmax(-1)
     if position is None:
         return None, length - 1
     return position.expand(batch).contiguous(), 0

@@ -3,7 +3,7 @@
 A program owns BLOCK_S draws of one head. It turns the tiles' (top, total) into an integer prefix of
 their masses in units of 2**-40 of the row's largest weight: exact sums in int64, so the prefix is
 monotone, independent of order, and a tile without mass is never drawn. Each draw finds its tile by
-binary search in that prefix, and its row by an exact integer prefix inside the one tile.
+comparing its point with that prefix, and its row by an exact integer prefix inside the one tile.
 """
 
 # ruff: noqa: N803, SIM108 (constants of a kernel are capitals; Triton has no conditional expression
@@ -13,24 +13,63 @@ binary search in that prefix, and its row by an exact integer prefix inside the 
 import triton
 import triton.language as tl
 
-from .common import first_visible, points_below, uniform
+from .common import first_visible, points_below, uniform, weight_units
 
 
 @triton.jit
-def _passes(
-    prefix, total, point, k, grid_offset, samples,
+def _tiles(p_top, p_total, o_t, n_tiles):
+    """(top, total) of tiles; a tile outside the row is one without mass."""
+    b_top = tl.load(p_top + o_t, mask=o_t < n_tiles, other=float("-inf"))
+    b_total = tl.load(p_total + o_t, mask=o_t < n_tiles, other=0)
+    return b_top, b_total
+
+
+@triton.jit
+def _masses(b_top, b_total, level):
+    """Masses of tiles in units of 2**-40 of the row's largest weight, int64."""
+    # 2**17 = 2**40 / 2**23. A row with a NaN (an infinite top) is sorted out at the end.
+    b_scale = tl.where(b_top < float("inf"), tl.exp2(b_top - level), 0.0)
+    return (b_scale.to(tl.float64) * 131072.0 * b_total.to(tl.float64)).to(tl.int64)
+
+
+@triton.jit
+def _place(
+    b_mass, carry, total, rate, grid_offset, b_point, samples, i_tile, b_start, b_stop,
     SYSTEMATIC: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    LOG2_BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Whether the mass up to a tile's end passes the point of draw k."""
-    reach = prefix.to(tl.float64) / total
+    """Walk over BLOCK_T more tiles: (tiles passed, start and end of the tile, mass passed) of draws.
+
+    A draw passes the tiles that end at or before its point. Systematic draws are consecutive integers
+    from b_point on, and starts and ends are counted in draws; other points are in units of mass.
+    """
+    b_end = carry + tl.cumsum(b_mass, axis=0)
+    carry += tl.sum(b_mass, axis=0)
     if SYSTEMATIC:
-        return points_below(reach * samples, grid_offset) > k
-    return reach > point
+        b_reach = points_below(b_end.to(tl.float64) * rate, grid_offset).to(tl.int32)
+        # All draws are used up where the mass is, whatever the product rounds to.
+        b_end = tl.where(b_end == total, samples, b_reach)
+        b_bin = tl.maximum(b_end - tl.min(b_point, axis=0), 0)
+        b_passed = tl.histogram(tl.minimum(b_bin, BLOCK_S), 2 * BLOCK_S)
+        b_passed = tl.gather(tl.cumsum(b_passed, axis=0), tl.arange(0, BLOCK_S), axis=0)
+    else:
+        b_passed = tl.zeros([BLOCK_S], tl.int32)
+        for step in tl.static_range(LOG2_BLOCK_T, -1, -1):
+            b_try = tl.minimum(b_passed + (1 << step), BLOCK_T)
+            b_reach = tl.gather(b_end, b_try - 1, axis=0)
+            b_passed = tl.where(b_reach <= b_point, b_try, b_passed)
+    b_last = tl.gather(b_end, tl.maximum(b_passed - 1, 0), axis=0)
+    b_next = tl.gather(b_end, tl.minimum(b_passed, BLOCK_T - 1), axis=0)
+    b_start = tl.where(b_passed > 0, b_last, b_start)
+    b_stop = tl.where(b_passed < BLOCK_T, tl.minimum(b_stop, b_next), b_stop)
+    return i_tile + b_passed, b_start, b_stop, carry
 
 
 @triton.jit(
     do_not_specialize=[
-        "seed", "position", "layer", "head_offset", "samples", "N", "n_tiles", "search_steps",
+        "seed", "position", "layer", "head_offset", "samples", "N", "n_tiles",
         "stride_vb", "stride_vh", "stride_mb", "stride_mn",
     ]
 )  # fmt: skip
@@ -42,9 +81,8 @@ def sample_kernel(
     p_position,  # (B,) int64
     p_stash,  # (B, KVH * G, n_tiles, TILE) fp16
     p_top,  # (B, KVH * G, n_tiles) float32
-    p_total,  # (B, KVH * G, n_tiles) int32, the bits of a uint32
+    p_total,  # (B, KVH * G, n_tiles) int32
     p_done,  # (B, KVH * G) int32, zero
-    p_prefix,  # (B, KVH * G, chunks, n_tiles) int64, scratch
     p_partial,  # (B, KVH * G, chunks, DV) float32, scratch
     p_index,  # (B, KVH * G, samples) int64, the drawn keys; -1 for a sink
     p_out,  # (B, KVH * G, 1, DV)
@@ -55,7 +93,6 @@ def sample_kernel(
     samples: tl.int32,
     N: tl.int32,
     n_tiles: tl.int32,
-    search_steps: tl.int32,
     stride_vb: tl.int64,
     stride_vh: tl.int64,
     stride_mb: tl.int64,
@@ -76,6 +113,7 @@ def sample_kernel(
     ALIGN: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    LOG2_BLOCK_T: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -109,68 +147,70 @@ def sample_kernel(
     p_top += i_row * n_tiles
     p_total += i_row * n_tiles
     p_stash += i_row * n_tiles * TILE
-    p_prefix += (i_row * chunks + i_chunk) * n_tiles
+    # The first BLOCK_T tiles stay in registers: 32k keys need no other.
     o_t = tl.arange(0, BLOCK_T)
-    b_peak = tl.full([BLOCK_T], float("-inf"), tl.float32)
-    for t in range(0, n_tiles, BLOCK_T):
-        b_peak = tl.maximum(
-            b_peak, tl.load(p_top + t + o_t, mask=t + o_t < n_tiles, other=float("-inf"))
-        )
+    b_top, b_total = _tiles(p_top, p_total, o_t, n_tiles)
+    b_peak = b_top
+    for t in range(BLOCK_T, n_tiles, BLOCK_T):
+        b_more, _ = _tiles(p_top, p_total, t + o_t, n_tiles)
+        b_peak = tl.maximum(b_peak, b_more)
     peak = tl.max(b_peak, axis=0)
     if HAS_SINKS:
-        sink = tl.load(p_sinks + i_h) * 1.4426950408889634
+        sink = tl.load(p_sinks + i_h).to(tl.float32) * 1.4426950408889634
         sink = tl.where(sink == sink, sink, float("inf"))
         peak = tl.maximum(peak, sink)
-    level = tl.where((peak == float("-inf")) | (peak == float("inf")), 0.0, peak).to(tl.float64)
-    mass = tl.zeros([], tl.int64)
-    for t in range(0, n_tiles, BLOCK_T):
-        in_t = t + o_t < n_tiles
-        b_top = tl.load(p_top + t + o_t, mask=in_t, other=float("-inf"))
-        b_total = tl.load(p_total + t + o_t, mask=in_t, other=0).to(tl.uint32, bitcast=True)
-        # 2**40 / 2**24 units of a weight; a row of NaN is sorted out at the end.
-        b_scale = tl.where(b_top < float("inf"), tl.exp2(b_top.to(tl.float64) - level), 0.0)
-        b_mass = (b_scale * 65536.0 * b_total.to(tl.float64)).to(tl.int64)
-        tl.store(p_prefix + t + o_t, mass + tl.cumsum(b_mass, axis=0), mask=in_t)
-        mass += tl.sum(b_mass, axis=0)
+    level = tl.where(peak == float("-inf"), 0.0, peak)
+    b_first = _masses(b_top, b_total, level)
+    b_mass = b_first
+    for t in range(BLOCK_T, n_tiles, BLOCK_T):
+        b_top, b_total = _tiles(p_top, p_total, t + o_t, n_tiles)
+        b_mass += _masses(b_top, b_total, level)
+    total = tl.sum(b_mass, axis=0)
     if HAS_SINKS:
         # The sink is one more key behind the last tile, with a value of zero.
-        mass += (tl.exp2(sink.to(tl.float64) - level) * 1099511627776.0).to(tl.int64)
-    total = tl.maximum(mass, 1).to(tl.float64)
-    tl.debug_barrier()
+        sink = tl.where(sink < float("inf"), tl.exp2(sink - level), 0.0)
+        total += (sink.to(tl.float64) * 1099511627776.0).to(tl.int64)
+    whole = tl.maximum(total, 1).to(tl.float64)
+    rate = samples / whole
 
-    # Smallest tile whose end passes the point; n_tiles for the sink, or where nothing has mass.
-    low = tl.zeros([BLOCK_S], tl.int32)
-    high = low + n_tiles
-    for _ in range(search_steps):
-        middle = (low + high) // 2
-        b_prefix = tl.load(p_prefix + middle, mask=low < high, other=0)
-        passes = _passes(b_prefix, total, point, k, grid_offset, samples, SYSTEMATIC)
-        passes = passes | (low >= high)
-        high = tl.where(passes, middle, high)
-        low = tl.where(passes, low, middle + 1)
-    i_tile = low
-    keyed = (k < samples) & (i_tile < n_tiles)
-    b_end = tl.load(p_prefix + i_tile, mask=keyed, other=1).to(tl.float64) / total
-    b_start = tl.load(p_prefix + i_tile - 1, mask=keyed & (i_tile > 0), other=0)
-    b_start = b_start.to(tl.float64) / total
+    i_tile = tl.zeros([BLOCK_S], tl.int32)
+    carry = tl.zeros([], tl.int64)
     if SYSTEMATIC:
-        b_before = points_below(b_start * samples, grid_offset)
-        b_draws = points_below(b_end * samples, grid_offset) - b_before
-        within = uniform(seed, layer, head, position, i_tile, TILE_OFFSET)
-        fraction = ((k - b_before).to(tl.float64) + within) / tl.maximum(b_draws, 1)
+        b_point = k
+        b_start = tl.zeros([BLOCK_S], tl.int32)
+        b_stop = tl.full([BLOCK_S], 2147483647, tl.int32)
     else:
-        fraction = (point - b_start) / (b_end - b_start)
+        b_point = tl.minimum(tl.floor(point * whole).to(tl.int64), total - 1)
+        b_start = tl.zeros([BLOCK_S], tl.int64)
+        b_stop = tl.full([BLOCK_S], 9223372036854775807, tl.int64)
+    i_tile, b_start, b_stop, carry = _place(
+        b_first, carry, total, rate, grid_offset, b_point, samples, i_tile, b_start, b_stop,
+        SYSTEMATIC, BLOCK_S, BLOCK_T, LOG2_BLOCK_T,
+    )  # fmt: skip
+    for t in range(BLOCK_T, n_tiles, BLOCK_T):
+        b_top, b_total = _tiles(p_top, p_total, t + o_t, n_tiles)
+        i_tile, b_start, b_stop, carry = _place(
+            _masses(b_top, b_total, level), carry, total, rate, grid_offset, b_point, samples,
+            i_tile, b_start, b_stop, SYSTEMATIC, BLOCK_S, BLOCK_T, LOG2_BLOCK_T,
+        )  # fmt: skip
+    # Nothing is read for the sink (all tiles passed) or where nothing has mass.
+    keyed = (k < tl.where(total > 0, samples, 0)) & (i_tile < n_tiles)
+    if SYSTEMATIC:
+        within = uniform(seed, layer, head, position, i_tile, TILE_OFFSET)
+        fraction = ((k - b_start).to(tl.float64) + within) / tl.maximum(b_stop - b_start, 1)
+    else:
+        width = tl.maximum(b_stop - b_start, 1).to(tl.float64)
+        fraction = (point * whole - b_start.to(tl.float64)) / width
 
     # The row inside the tile: a prefix of integers, exact in any order.
     o_r = tl.arange(0, TILE)
     b_weight = tl.load(
         p_stash + i_tile.to(tl.int64)[:, None] * TILE + o_r[None, :], mask=keyed[:, None], other=0.0
     )
-    b_prefix = tl.cumsum((b_weight.to(tl.float32) * 16777216.0).to(tl.uint32), axis=1)
-    b_whole = tl.load(p_total + i_tile, mask=keyed, other=1).to(tl.uint32, bitcast=True)
-    b_whole = b_whole.to(tl.float64)
-    b_point = tl.minimum(tl.floor(fraction * b_whole), b_whole - 1.0).to(tl.uint32)
-    b_row = tl.sum((b_prefix <= b_point[:, None]).to(tl.int32), axis=1)
+    b_prefix = tl.cumsum(weight_units(b_weight.to(tl.float32)), axis=1)
+    b_whole = tl.load(p_total + i_tile, mask=keyed, other=1)
+    b_row = tl.minimum((fraction * b_whole).to(tl.int32), b_whole - 1)
+    b_row = tl.sum((b_prefix <= b_row[:, None]).to(tl.int32), axis=1)
     b_key = tl.minimum(first + i_tile * TILE + b_row, N - 1).to(tl.int64)
     if HAS_INDEX:
         tl.store(p_index + i_row * samples + k, tl.where(keyed, b_key, -1), mask=k < samples)

@@ -3,8 +3,8 @@
 For each tile of TILE keys, counted from the row's first visible key, with s in base-2 exponents:
 
     top    = max s                        float32, +inf if a visible score is NaN or +inf
-    weight = fp16(2 ** (s - top))         in [0, 1], hence an integer multiple of 2**-24
-    total  = sum of 2**24 * weight        at most 2**31: exact in uint32, whatever the order
+    weight = fp16(2 ** (s - top))         in [0, 1]
+    total  = sum of round(2**23 * weight) at most 2**30: exact in int32, whatever the order
 
 The draws of pass 2 are exactly unbiased for the rounded weights. Nothing here depends on how tiles are
 dealt to programs, so a row's result is bitwise the same alone and in any batch.
@@ -16,7 +16,7 @@ dealt to programs, so a row's result is bitwise the same alone and in any batch.
 import triton
 import triton.language as tl
 
-from .common import first_visible, log2_weights
+from .common import first_visible, log2_weights, weight_units
 
 
 @triton.jit(
@@ -30,7 +30,7 @@ def scores_kernel(
     p_mask,  # (B, N) uint8
     p_stash,  # (B, KVH * G, n_tiles, TILE) fp16
     p_top,  # (B, KVH * G, n_tiles) float32
-    p_total,  # (B, KVH * G, n_tiles) int32, the bits of a uint32
+    p_total,  # (B, KVH * G, n_tiles) int32
     p_done,  # (B, KVH * G) int32, zeroed here for pass 2
     scale: tl.float32,
     softcap: tl.float32,
@@ -58,7 +58,7 @@ def scores_kernel(
 ):
     """Rounded weights of TILES tiles for a group of query heads; grid (programs, KVH, B)."""
     i_program, i_kv, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if PDL:
+    if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()
     o_t, o_g, o_d = tl.arange(0, TILE), tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     i_head = i_b * (tl.num_programs(1) * G) + i_kv * G  # of the group's first head
@@ -111,10 +111,13 @@ def scores_kernel(
         b_top = tl.max(b_s, axis=1)
         b_weight = tl.exp2(b_s - tl.where(b_top == float("-inf"), 0.0, b_top)[:, None])
         b_weight = b_weight.to(tl.float16)
-        b_total = tl.sum((b_weight.to(tl.float32) * 16777216.0).to(tl.uint32), axis=1)
+        b_total = tl.sum(weight_units(b_weight.to(tl.float32)), axis=1)
+        b_total = tl.where(b_top == float("inf"), 1, b_total)
 
         o_tile = (i_head + o_g) * n_tiles + i_tile
         o_stash = o_tile[:, None] * TILE + o_t[None, :]
         tl.store(p_stash + o_stash, b_weight, mask=(o_g < G)[:, None])
         tl.store(p_top + o_tile, b_top, mask=o_g < G)
-        tl.store(p_total + o_tile, b_total.to(tl.int32, bitcast=True), mask=o_g < G)
+        tl.store(p_total + o_tile, b_total, mask=o_g < G)
+    if PDL == 2:
+        tl.extra.cuda.gdc_launch_dependents()

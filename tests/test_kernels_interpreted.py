@@ -1,0 +1,36 @@
+"""Runs test_kernels.py on the CPU, in a process whose Triton interprets its kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import santa_hf
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_kernels.py runs on the GPU itself")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_kernels_in_the_interpreter() -> None:
+    # Triton decides when it is imported, and this process may have imported it.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("test_kernels.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_an_explicit_kernel_never_falls_back() -> None:
+    x = torch.randn(1, 2, 1, 32), torch.randn(1, 1, 9, 32), torch.randn(1, 1, 9, 32)
+    for kernel in ("prop", "flash"):
+        with pytest.raises(NotImplementedError, match=r"cpu|not installed"):
+            santa_hf.santa_decode(*x, kernel=kernel)
