@@ -24,6 +24,7 @@ Scores are computed in float32 (float64 for float64 inputs); memory beyond the i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -304,6 +305,22 @@ def draw(
     return Draws(index.clamp_(max=length - 1), weight, softmax.total)
 
 
+def _gathered(value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of value (B, KVH, N, Dv) at index (B, KVH, G, S): (B, KVH, G, S, Dv).
+
+    As one index_select over the rows that start at any multiple of the strides' common divisor:
+    indexing three dimensions at once takes ten times as long.
+    """
+    batch, head, row, _ = value.stride()
+    unit = math.gcd(batch, head, row) or 1
+    b = torch.arange(value.shape[0], device=value.device).view(-1, 1, 1, 1) * (batch // unit)
+    h = torch.arange(value.shape[1], device=value.device).view(-1, 1, 1) * (head // unit)
+    start = (b + h + index * (row // unit)).flatten()
+    last = int(sum((value.shape[i] - 1) * value.stride(i) for i in range(3))) // unit
+    rows = value.as_strided((last + 1, value.shape[-1]), (unit, 1))
+    return rows.index_select(0, start).view(*index.shape, -1)
+
+
 def _weighted_sum(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """weight (B, KVH, G, N) and value (B, KVH, N, Dv), widened in blocks: (B, KVH, G, Dv)."""
     out = weight.new_zeros(*weight.shape[:3], value.shape[-1])
@@ -324,9 +341,7 @@ def average(value: torch.Tensor, draws: Draws) -> torch.Tensor:
     length = value.shape[2]
     weight = draws.weight.to(dtype).expand_as(draws.index)
     if group * samples * _GATHER_COST <= length:
-        b = torch.arange(batch, device=value.device).view(-1, 1, 1, 1)
-        h = torch.arange(kv_heads, device=value.device).view(1, -1, 1, 1)
-        out = weight.unsqueeze(-2) @ value[b, h, draws.index].to(dtype)
+        out = weight.unsqueeze(-2) @ _gathered(value, draws.index).to(dtype)
     else:
         rows = weight.new_zeros(batch, kv_heads, group, length)
         rows.scatter_add_(3, draws.index, weight)
