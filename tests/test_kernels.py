@@ -113,13 +113,17 @@ def kernel_softmax(
 ) -> reference._TiledSoftmax:
     """The weights that pass 1 leaves, exactly, in the reference's form."""
     batch, heads = query.shape[:2]
-    score_keywords = {name: keywords.get(name) for name in ("scaling", "mask", "softcap")}
-    stash, top, total, done = launch.scores(query, key, **score_keywords)
+    mask, span = launch._visible(keywords["mask"], batch, True)
+    stash, top, total, done = launch.scores(
+        query, key, scaling=keywords["scaling"], mask=mask, span=span,
+        softcap=keywords.get("softcap"),
+    )  # fmt: skip
     assert not done.any()
     shape = (batch, key.shape[1], heads // key.shape[1])
     empty = top == -torch.inf
     assert (total[empty] == 0).all()
     # A tile without a visible key is never read, and pass 1 may leave what it likes there.
+    stash = stash.transpose(2, 3).flatten(1, 2)
     weight = torch.where(empty[..., None], 0.0, stash.double())
     units = (weight * 2**23).round().long()
     assert torch.equal(units.sum(-1), total.long())

@@ -171,13 +171,10 @@ def time_graph(call: Callable[[Any], object], inputs: Sequence[Any], replays: in
     return times
 
 
-def _sdpa(backend: SDPBackend, grouped: bool) -> Callable[[Inputs], torch.Tensor]:
+def _sdpa(backend: SDPBackend) -> Callable[[Inputs], torch.Tensor]:
     def call(inputs: Inputs) -> torch.Tensor:
-        query, key, value = inputs
-        if grouped:
-            query = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
         with sdpa_kernel(backend):
-            return scaled_dot_product_attention(query, key, value, enable_gqa=not grouped)
+            return scaled_dot_product_attention(*inputs, enable_gqa=True)
 
     return call
 
@@ -221,26 +218,39 @@ def _implementations(
 ) -> Iterator[tuple[str, str, int | None, Callable[[Any], object]]]:
     """(kind, name, samples, call) of everything that is timed."""
 
-    def santa(samples: int, kernel: str, estimator: str) -> Callable[[Inputs], torch.Tensor]:
+    position = torch.full((shape.batch,), shape.context - 1, device="cuda")
+
+    def santa(
+        samples: int, kernel: str, estimator: str, mask: torch.Tensor | None = None
+    ) -> Callable[[Inputs], torch.Tensor]:
         def call(one: Inputs) -> torch.Tensor:
-            return santa_decode(*one, samples=samples, kernel=kernel, estimator=estimator)
+            return santa_decode(
+                *one,
+                samples=samples,
+                kernel=kernel,
+                estimator=estimator,
+                mask=mask,
+                position=position,
+            )
 
         return call
 
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
     yield "floor", "read K", None, lambda one: _read(one[1], out)
-    yield "dense", "sdpa cudnn", None, _sdpa(SDPBackend.CUDNN_ATTENTION, False)
-    yield "dense", "sdpa cudnn grouped", None, _sdpa(SDPBackend.CUDNN_ATTENTION, True)
-    yield "dense", "sdpa flash", None, _sdpa(SDPBackend.FLASH_ATTENTION, False)
+    yield "dense", "sdpa cudnn", None, _sdpa(SDPBackend.CUDNN_ATTENTION)
+    yield "dense", "sdpa flash", None, _sdpa(SDPBackend.FLASH_ATTENTION)
     flashinfer = _flashinfer(inputs)
     if flashinfer is not None:
         yield "dense", "flashinfer paged", None, flashinfer
     yield "ours", "dense", None, santa(1, "prop", "dense")
     for samples in SAMPLES:
         yield "ours", "prop systematic", samples, santa(samples, "prop", "systematic")
+    visible = torch.ones(shape.batch, 1, 1, shape.context, dtype=torch.bool, device="cuda")
+    masked = santa(SAMPLES[0], "prop", "systematic", visible)
+    yield "ours", "prop systematic (mask)", SAMPLES[0], masked
     yield "ours", "prop stratified", SAMPLES[0], santa(SAMPLES[0], "prop", "stratified")
     yield "ours", "prop multinomial", SAMPLES[0], santa(SAMPLES[0], "prop", "multinomial")
-    if shape.batch * shape.context >= 4 * 32768:
+    if shape.context >= 32768:
         yield "ours", "flash systematic", FLASH_SAMPLES, santa(FLASH_SAMPLES, "flash", "systematic")
 
 
@@ -249,7 +259,7 @@ def _value_rows(inputs: Inputs, name: str, samples: int | None) -> int:
     query, key, _ = inputs
     if samples is None:
         return key.shape[0] * key.shape[1] * key.shape[2]
-    kernel, estimator = name.split()
+    kernel, estimator = name.split()[:2]
     rows = 0
     for one_query, one_key in zip(query.split(1), key.split(1), strict=True):
         draws = reference.draw(

@@ -17,7 +17,7 @@ Weights of a tile are rounded to multiples of 2**-23 of its largest, and mass_t 
 import triton
 import triton.language as tl
 
-from .common import first_visible, last_visible, log2_weights, uniform, weight_units
+from .common import log2_weights, uniform, weight_units
 
 
 @triton.jit
@@ -34,9 +34,8 @@ def _points_below(units, rate, offset):
 
 @triton.jit(
     do_not_specialize=[
-        "seed", "position", "layer", "head_offset", "samples", "N", "split_tiles",
+        "seed", "layer", "head_offset", "samples", "N", "split_tiles",
         "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_mb",
-        "stride_mn",
     ]
 )  # fmt: skip
 def fused_kernel(
@@ -44,6 +43,7 @@ def fused_kernel(
     p_key,  # (B, KVH, N, D)
     p_value,  # (B, KVH, N, DV)
     p_mask,  # (B, N) uint8
+    p_span,  # (B, 2) int32, of `span_kernel`
     p_seed,  # (B,) int64
     p_position,  # (B,) int64
     p_partial,  # (B, KVH * G, splits, DV) float32
@@ -52,7 +52,6 @@ def fused_kernel(
     scale: tl.float32,
     softcap: tl.float32,
     seed: tl.int64,
-    position: tl.int64,
     layer: tl.int64,
     head_offset: tl.int64,
     samples: tl.int32,
@@ -65,9 +64,9 @@ def fused_kernel(
     stride_vb: tl.int64,
     stride_vh: tl.int64,
     stride_mb: tl.int64,
-    stride_mn: tl.int64,
     STRIDE_KN: tl.constexpr,
     STRIDE_VN: tl.constexpr,
+    STRIDE_MN: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -103,12 +102,15 @@ def fused_kernel(
     last = N - 1
     if HAS_MASK:
         p_mask += i_b * stride_mb
-        first = first_visible(p_mask, stride_mn, N, 8192)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        first = tl.load(p_span + 2 * i_b)
         if SAMPLED:
-            last = last_visible(p_mask, stride_mn, N, 8192)
+            last = tl.load(p_span + 2 * i_b + 1)
     if SAMPLED:
         if HAS_SEED:
             seed = tl.load(p_seed + i_b)
+        position = last.to(tl.int64)
         if HAS_POSITION:
             position = tl.load(p_position + i_b)
         # ceil(samples / tiles), with the tiles from the first to the last visible key.
@@ -134,7 +136,7 @@ def fused_kernel(
         start = first + i_tile * TILE
         visible = o_t < N - start
         if HAS_MASK:
-            o_mask = (start + o_t).to(tl.int64) * stride_mn
+            o_mask = (start + o_t).to(tl.int64) * STRIDE_MN
             visible = visible & (tl.load(p_mask + o_mask, mask=visible, other=0) != 0)
         p_tile = p_key + start.to(tl.int64) * STRIDE_KN
         b_dot = tl.zeros([BLOCK_G, TILE], tl.float32)
@@ -145,10 +147,20 @@ def fused_kernel(
                     p_query + o_query + d, mask=(o_g < G)[:, None] & in_d[None, :], other=0.0
                 )
             if D % BLOCK_D == 0:
-                b_k = tl.load(p_tile + o_key + d, mask=visible[:, None], other=0.0)
+                b_k = tl.load(
+                    p_tile + o_key + d,
+                    mask=visible[:, None],
+                    other=0.0,
+                    eviction_policy="evict_first",
+                )
             else:
                 in_d = d + o_d < D
-                b_k = tl.load(p_tile + o_key + d, mask=visible[:, None] & in_d[None, :], other=0.0)
+                b_k = tl.load(
+                    p_tile + o_key + d,
+                    mask=visible[:, None] & in_d[None, :],
+                    other=0.0,
+                    eviction_policy="evict_first",
+                )
             b_dot = tl.dot(b_q, tl.trans(b_k), b_dot, input_precision="ieee")
         b_s = log2_weights(b_dot, visible[None, :], scale, softcap, HAS_SOFTCAP)  # [G, TILE]
 
@@ -186,7 +198,7 @@ def fused_kernel(
                 b_rows = b_read[:, None]
             else:
                 b_rows = b_read[:, None] & (o_dv < DV)[None, :]
-            b_v = tl.load(p_rows + o_value, mask=b_rows, other=0.0)
+            b_v = tl.load(p_rows + o_value, mask=b_rows, other=0.0, eviction_policy="evict_first")
             # bf16 holds integers exactly to 256, so larger counts go in digit by digit.
             b_drawn = tl.dot((b_count & 255).to(b_v.dtype), b_v, input_precision="ieee")
             digits = draws >> 8
@@ -205,7 +217,7 @@ def fused_kernel(
                 b_rows = visible[:, None]
             else:
                 b_rows = visible[:, None] & (o_dv < DV)[None, :]
-            b_v = tl.load(p_rows + o_value, mask=b_rows, other=0.0)
+            b_v = tl.load(p_rows + o_value, mask=b_rows, other=0.0, eviction_policy="evict_first")
             b_p = tl.exp2(b_s - b_level[:, None])
             b_out = b_out * b_rescale[:, None]
             b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")

@@ -16,7 +16,7 @@ import triton
 
 from ..reference import FIXED_TILE, TILE
 from ..rng import Stream
-from .common import LOG2E
+from .common import LOG2E, span_kernel
 from .fused import combine_kernel, fused_kernel
 from .sample import sample_kernel
 from .scores import scores_kernel
@@ -28,25 +28,20 @@ MAX_LENGTH = 2**23 - 1
 MAX_DIM = 1024
 MAX_GROUP = 128
 MAX_GROUP_FLASH = 64  # more heads times a tile of 256 keys do not fit
-MIN_GROUP = 8
+MIN_GROUP = 4
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Tile choices, measured on an H100 (eval/bench/results). None of them changes a draw.
-# Pass 1: tiles of a program, and whether keys are the left operand of the product.
-KEYS_FIRST = False
-SCORE_TILES = 2
-SCORE_STAGES = 2
-SCORE_WARPS = 4
-# Pass 2: draws of a program, and tiles whose masses it sums at a time.
-BLOCK_S = 32
+# Pass 1: one tile a program. Pipelined loops over more tiles were slower at every shape.
+SCORE_WARPS = 8
+# Pass 2: tiles whose masses a program sums at a time.
 BLOCK_T = 256
-SAMPLE_WARPS = 4
 SPLIT_WAVES = 1
 FLASH_WARPS = 4
 FLASH_STAGES = 1
-DENSE_TILE = 64
+DENSE_TILE = 128
 DENSE_STAGES = 2
-DENSE_WARPS = 4
+DENSE_WARPS = 8
 # Bytes of shared memory that the tiles of a pipeline may take (an H100 gives a program 227 KiB).
 SHARED_MEMORY = 200 * 1024
 
@@ -79,43 +74,45 @@ def scores(
     *,
     scaling: float,
     mask: torch.Tensor | None,
+    span: torch.Tensor | None,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pass 1, see `scores_kernel`.
+    """Pass 1, see `scores_kernel`; `span` is that of the mask.
 
     Returns:
-        stash float16 (B, H, T, TILE), top float32 (B, H, T), total int32 (B, H, T), and done int32
+        stash float16 (B, KVH, T, G, TILE), top float32 (B, H, T), total int32 (B, H, T), and done int32
         (B, H) of zeros. A tile without a visible key has top -inf and total 0.
     """
     batch, heads, _, dim = query.shape
     kv_heads, length = key.shape[1:3]
     n_tiles = triton.cdiv(length, TILE)
     rows, device = (batch, heads, n_tiles), query.device
-    stash = torch.empty(*rows, TILE, dtype=torch.float16, device=device)
+    group = (batch, kv_heads, n_tiles, heads // kv_heads, TILE)
+    stash = torch.empty(group, dtype=torch.float16, device=device)
     top = torch.empty(rows, dtype=torch.float32, device=device)
     total = torch.empty(rows, dtype=torch.int32, device=device)
     done = torch.empty(batch, heads, dtype=torch.int32, device=device)
-    mask, stride_mb, stride_mn = _mask_row(mask, batch)
     scale, cap = _exponent_scale(scaling, softcap)
+    pdl = mask is not None and _dependent_launch(device)
     with _device(query):
-        scores_kernel[(triton.cdiv(n_tiles, SCORE_TILES), kv_heads, batch)](
-            query, key, mask, stash, top, total, done, scale, cap, length, n_tiles,
-            query.stride(0), query.stride(1), key.stride(0), key.stride(1), stride_mb, stride_mn,
+        scores_kernel[(n_tiles, kv_heads, batch)](
+            query, key, mask, span, stash, top, total, done, scale, cap, length,
+            query.stride(0), query.stride(1), key.stride(0), key.stride(1), _mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
+            STRIDE_MN=_mask_stride(mask, 1),
             G=heads // kv_heads,
             D=dim,
             HAS_MASK=mask is not None,
             HAS_SOFTCAP=softcap is not None,
             TILE=TILE,
-            TILES=SCORE_TILES,
             ALIGN_Q=_alignment(query),
             ALIGN=_alignment(key),
             BLOCK_G=_block_of_group(heads // kv_heads),
             BLOCK_D=_block_of(dim),
-            KEYS_FIRST=KEYS_FIRST,
-            PDL=_dependent_launch(device),
             num_warps=SCORE_WARPS,
-            num_stages=_stages(SCORE_STAGES, TILE * dim * query.element_size()),
+            num_stages=1,
+            PDL=pdl,
+            **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return stash, top, total, done
 
@@ -143,26 +140,27 @@ def prop(
     """
     batch, heads = query.shape[:2]
     kv_heads, length, value_dim = value.shape[1:]
-    stash, top, total, done = scores(query, key, scaling=scaling, mask=mask, softcap=softcap)
+    mask, span = _visible(mask, batch, position is None)
+    stash, top, total, done = scores(
+        query, key, scaling=scaling, mask=mask, span=span, softcap=softcap
+    )
     out = query.new_empty(batch, heads, 1, value_dim)
-    block_s = _block_of_samples(samples)
+    block_s, warps = _block_of_samples(samples)
     chunks = triton.cdiv(samples, block_s)
     partial = out
     if chunks > 1:
         partial = out.new_empty(batch * heads * chunks * value_dim, dtype=torch.float32)
-    position, last = _position(position, mask, batch, length)
-    mask, stride_mb, stride_mn = _mask_row(mask, batch)
-    row_seed, seed = (seed.contiguous(), 0) if isinstance(seed, torch.Tensor) else (None, seed)
-    pdl = _dependent_launch(query.device)
+    row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
     with _device(query):
         sample_kernel[(chunks, heads, batch)](
-            value, mask, sinks, row_seed, position, stash, top, total, done, partial, index, out,
-            seed, last, layer, head_offset, samples, length, top.shape[2],
-            value.stride(0), value.stride(1), stride_mb, stride_mn,
+            value, span, sinks, row_seed, _per_row(position, batch), stash, top, total, done,
+            partial, index, out,
+            seed, length - 1, layer, head_offset, samples, length, top.shape[2],
+            value.stride(0), value.stride(1),
             STRIDE_VN=value.stride(2),
             G=heads // kv_heads,
             DV=value_dim,
-            HAS_MASK=mask is not None,
+            HAS_SPAN=span is not None,
             HAS_SINKS=sinks is not None,
             HAS_SEED=row_seed is not None,
             HAS_POSITION=position is not None,
@@ -177,9 +175,7 @@ def prop(
             BLOCK_T=BLOCK_T,
             LOG2_BLOCK_T=BLOCK_T.bit_length() - 1,
             BLOCK_DV=_block_of(value_dim),
-            PDL=pdl,
-            num_warps=SAMPLE_WARPS,
-            **({"launch_pdl": True} if pdl else {}),
+            num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -205,9 +201,8 @@ def fused(
     kv_heads, length, value_dim = key.shape[1], key.shape[2], value.shape[-1]
     out = query.new_empty(batch, heads, 1, value_dim)
     tile = DENSE_TILE if estimator == "dense" else FIXED_TILE
-    position, last = (None, 0) if estimator == "dense" else _position(position, mask, batch, length)
-    mask, stride_mb, stride_mn = _mask_row(mask, batch)
-    row_seed, seed = (seed.contiguous(), 0) if isinstance(seed, torch.Tensor) else (None, seed)
+    mask, span = _visible(mask, batch, estimator != "dense")
+    row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
     pdl = _dependent_launch(query.device)
     block_g = _block_of_group(heads // kv_heads)
     block_d, block_dv, options = _fused_blocks(query, value_dim, estimator, block_g)
@@ -221,12 +216,14 @@ def fused(
     scale, cap = _exponent_scale(scaling, softcap)
     with _device(query):
         fused_kernel[(splits * value_blocks, kv_heads, batch)](
-            query, key, value, mask, row_seed, position, partial, top, mass, scale, cap,
-            seed, last, layer, head_offset, samples, length,
+            query, key, value, mask, span, row_seed, _per_row(position, batch),
+            partial, top, mass, scale, cap,
+            seed, layer, head_offset, samples, length,
             split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
-            value.stride(0), value.stride(1), stride_mb, stride_mn,
+            value.stride(0), value.stride(1), _mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
             STRIDE_VN=value.stride(2),
+            STRIDE_MN=_mask_stride(mask, 1),
             G=heads // kv_heads,
             D=dim,
             DV=value_dim,
@@ -247,6 +244,7 @@ def fused(
             VALUE_BLOCKS=value_blocks,
             PDL=pdl,
             **options,
+            **({"launch_pdl": True} if pdl and mask is not None else {}),
         )  # fmt: skip
         combine_kernel[(value_blocks, heads, batch)](
             partial, top, mass, sinks, out, splits,
@@ -312,9 +310,10 @@ def _block_of_group(group: int) -> int:
     return max(MIN_GROUP, triton.next_power_of_2(group))
 
 
-def _block_of_samples(samples: int) -> int:
-    """Draws of a program of pass 2: by the budget alone, so that a row is summed alike in any batch."""
-    return BLOCK_S if samples <= 4 * BLOCK_S else 4 * BLOCK_S
+def _block_of_samples(samples: int) -> tuple[int, int]:
+    """Draws and warps of a program of pass 2: by the budget alone, so that a row is summed alike in
+    any batch. Few draws want many short programs, many draws want throughput."""
+    return (32, 4) if samples <= 128 else (64, 2)
 
 
 def _block_of(dim: int) -> int:
@@ -340,20 +339,30 @@ def _exponent_scale(scaling: float, softcap: float | None) -> tuple[float, float
     return scaling / softcap, softcap * LOG2E
 
 
-def _mask_row(mask: torch.Tensor | None, batch: int) -> tuple[torch.Tensor | None, int, int]:
-    """The mask as bytes with its strides over batch and keys (0 where expanded)."""
+def _visible(
+    mask: torch.Tensor | None, batch: int, has_last: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mask as bytes (B, N), 0 its stride where it is expanded, and its span, see `span_kernel`."""
     if mask is None:
-        return None, 0, 0
-    row = mask.expand(batch, 1, 1, -1)
-    return mask.view(torch.uint8), row.stride(0), row.stride(3)
+        return None, None
+    rows = mask.view(torch.uint8).expand(batch, 1, 1, -1)[:, 0, 0]
+    span = torch.empty(batch, 2, dtype=torch.int32, device=mask.device)
+    with _device(mask):
+        span_kernel[(batch,)](
+            rows, span, rows.shape[1], rows.stride(0),
+            STRIDE_MN=rows.stride(1),
+            HAS_LAST=has_last,
+            BLOCK=4096,
+            PDL=_dependent_launch(mask.device),
+            num_warps=16,
+        )  # fmt: skip
+    return rows, span
 
 
-def _position(
-    position: torch.Tensor | None, mask: torch.Tensor | None, batch: int, length: int
-) -> tuple[torch.Tensor | None, int]:
-    """Position of the token per row, or one for all: the index of the last visible key by default."""
-    if position is None and mask is not None:
-        position = length - 1 - mask[:, 0, 0].byte().flip(-1).argmax(-1)
-    if position is None:
-        return None, length - 1
-    return position.expand(batch).contiguous(), 0
+def _mask_stride(rows: torch.Tensor | None, axis: int) -> int:
+    return 0 if rows is None else rows.stride(axis)
+
+
+def _per_row(values: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+    """int64 (B,) without gaps, from (B,) or one value for all rows."""
+    return None if values is None else values.expand(batch).contiguous()

@@ -13,7 +13,7 @@ comparing its point with that prefix, and its row by an exact integer prefix ins
 import triton
 import triton.language as tl
 
-from .common import first_visible, points_below, uniform, weight_units
+from .common import points_below, uniform, weight_units
 
 
 @triton.jit
@@ -70,16 +70,16 @@ def _place(
 @triton.jit(
     do_not_specialize=[
         "seed", "position", "layer", "head_offset", "samples", "N", "n_tiles",
-        "stride_vb", "stride_vh", "stride_mb", "stride_mn",
+        "stride_vb", "stride_vh",
     ]
 )  # fmt: skip
 def sample_kernel(
     p_value,  # (B, KVH, N, DV)
-    p_mask,  # (B, N) uint8
+    p_span,  # (B, 2) int32, of `span_kernel`
     p_sinks,  # (KVH * G,) float32
     p_seed,  # (B,) int64
     p_position,  # (B,) int64
-    p_stash,  # (B, KVH * G, n_tiles, TILE) fp16
+    p_stash,  # (B, KVH, n_tiles, G, TILE) fp16
     p_top,  # (B, KVH * G, n_tiles) float32
     p_total,  # (B, KVH * G, n_tiles) int32
     p_done,  # (B, KVH * G) int32, zero
@@ -95,12 +95,10 @@ def sample_kernel(
     n_tiles: tl.int32,
     stride_vb: tl.int64,
     stride_vh: tl.int64,
-    stride_mb: tl.int64,
-    stride_mn: tl.int64,
     STRIDE_VN: tl.constexpr,
     G: tl.constexpr,
     DV: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    HAS_SPAN: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SEED: tl.constexpr,
     HAS_POSITION: tl.constexpr,
@@ -115,20 +113,27 @@ def sample_kernel(
     BLOCK_T: tl.constexpr,
     LOG2_BLOCK_T: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Draws of one chunk and head, and the sum of their value rows; grid (chunks, H, B)."""
     i_chunk, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     chunks, heads = tl.num_programs(0), tl.num_programs(1)
     i_row = i_b * heads + i_h
+    p_top += i_row * n_tiles
+    p_total += i_row * n_tiles
+    p_stash += ((i_row - i_h % G) * n_tiles + i_h % G) * TILE
+    # Asked for first, since all else waits for them. They stay in registers: 32k keys need no more.
+    o_t = tl.arange(0, BLOCK_T)
+    b_top, b_total = _tiles(p_top, p_total, o_t, n_tiles)
     if HAS_SEED:
         seed = tl.load(p_seed + i_b)
+    first = 0 * N
+    if HAS_SPAN:
+        first = tl.load(p_span + 2 * i_b)
     if HAS_POSITION:
         position = tl.load(p_position + i_b)
+    elif HAS_SPAN:
+        position = tl.load(p_span + 2 * i_b + 1).to(tl.int64)
     head = head_offset + i_h
-    first = 0 * N
-    if HAS_MASK:
-        first = first_visible(p_mask + i_b * stride_mb, stride_mn, N, 8192)
     SYSTEMATIC: tl.constexpr = ESTIMATOR == "systematic"
     k = i_chunk * BLOCK_S + tl.arange(0, BLOCK_S)
     grid_offset = uniform(seed, layer, head, position, 0 * layer, GRID)
@@ -137,19 +142,10 @@ def sample_kernel(
         point = uniform(seed, layer, head, position, k, SAMPLE)
         if ESTIMATOR == "stratified":
             point = (k + point) / samples
-            point = tl.minimum(
-                point, 0.9999999999999999
-            )  # 1 - 2**-53: the sum above may round to 1
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+            # Below one, 1 - 2**-53, where the sum above rounds to it.
+            point = tl.minimum(point, 0.9999999999999999)
 
     # The row's largest exponent, then the masses of its tiles as an integer prefix.
-    p_top += i_row * n_tiles
-    p_total += i_row * n_tiles
-    p_stash += i_row * n_tiles * TILE
-    # The first BLOCK_T tiles stay in registers: 32k keys need no other.
-    o_t = tl.arange(0, BLOCK_T)
-    b_top, b_total = _tiles(p_top, p_total, o_t, n_tiles)
     b_peak = b_top
     for t in range(BLOCK_T, n_tiles, BLOCK_T):
         b_more, _ = _tiles(p_top, p_total, t + o_t, n_tiles)
@@ -195,20 +191,21 @@ def sample_kernel(
         )  # fmt: skip
     # Nothing is read for the sink (all tiles passed) or where nothing has mass.
     keyed = (k < tl.where(total > 0, samples, 0)) & (i_tile < n_tiles)
+    # The row inside the tile: a prefix of integers, exact in any order.
+    o_r = tl.arange(0, TILE)
+    b_weight = tl.load(
+        p_stash + i_tile.to(tl.int64)[:, None] * (G * TILE) + o_r[None, :],
+        mask=keyed[:, None],
+        other=0.0,
+    )
+    b_whole = tl.load(p_total + i_tile, mask=keyed, other=1)
     if SYSTEMATIC:
         within = uniform(seed, layer, head, position, i_tile, TILE_OFFSET)
         fraction = ((k - b_start).to(tl.float64) + within) / tl.maximum(b_stop - b_start, 1)
     else:
         width = tl.maximum(b_stop - b_start, 1).to(tl.float64)
         fraction = (point * whole - b_start.to(tl.float64)) / width
-
-    # The row inside the tile: a prefix of integers, exact in any order.
-    o_r = tl.arange(0, TILE)
-    b_weight = tl.load(
-        p_stash + i_tile.to(tl.int64)[:, None] * TILE + o_r[None, :], mask=keyed[:, None], other=0.0
-    )
     b_prefix = tl.cumsum(weight_units(b_weight.to(tl.float32)), axis=1)
-    b_whole = tl.load(p_total + i_tile, mask=keyed, other=1)
     b_row = tl.minimum((fraction * b_whole).to(tl.int32), b_whole - 1)
     b_row = tl.sum((b_prefix <= b_row[:, None]).to(tl.int32), axis=1)
     b_key = tl.minimum(first + i_tile * TILE + b_row, N - 1).to(tl.int64)
@@ -238,12 +235,17 @@ def sample_kernel(
         tl.debug_barrier()
         if tl.atomic_add(p_done + i_row, 1, sem="acq_rel") == chunks - 1:
             p_partial += i_row * chunks * DV
+            o_c = tl.arange(0, 16)
             for d in tl.static_range(0, DV, BLOCK_DV):
                 in_d = d + o_d < DV
                 b_out = tl.zeros([BLOCK_DV], tl.float32)
-                for c in range(chunks):
-                    b_out += tl.load(
-                        p_partial + c * DV + d + o_d, mask=in_d, other=0.0, cache_modifier=".cg"
+                for c in range(0, chunks, 16):
+                    b_part = tl.load(
+                        p_partial + (c + o_c)[:, None] * DV + (d + o_d)[None, :],
+                        mask=(c + o_c < chunks)[:, None] & in_d[None, :],
+                        other=0.0,
+                        cache_modifier=".cg",
                     )
+                    b_out += tl.sum(b_part, axis=0)
                 b_out = tl.where(spoiled, float("nan"), b_out / samples)
                 tl.store(p_out + i_row * DV + d + o_d, b_out.to(p_out.dtype.element_ty), mask=in_d)
