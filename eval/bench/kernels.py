@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -117,8 +118,8 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _inputs(shape: Shape, scores: str, dtype: torch.dtype, copies: int) -> list[Inputs]:
-    """Copies of (query, key, value): nearly flat softmax ("normal"), or one with a heavy first key
-    and a few strong ones ("peaked")."""
+    """Copies of (query, key, value): scores of unit variance, a nearly flat softmax ("normal"), or
+    scores of twice that spread and a first key with about half of the mass ("peaked")."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
@@ -130,9 +131,11 @@ def _inputs(shape: Shape, scores: str, dtype: torch.dtype, copies: int) -> list[
         key = normal(shape.batch, shape.kv_heads, shape.context, shape.dim)
         value = normal(shape.batch, shape.kv_heads, shape.context, shape.dim)
         if scores == "peaked":
-            group = query.view(shape.batch, shape.kv_heads, -1, shape.dim)
-            query *= 3.0
-            key[:, :, 0] = group.mean(2) * 1.5
+            query *= 2.0
+            # The mass of the others is N exp(2**2 / 2); the sink's score is its logarithm.
+            middle = query.view(shape.batch, shape.kv_heads, -1, shape.dim).float().mean(2)
+            score = middle.square().sum(-1, keepdim=True) * shape.dim**-0.5
+            key[:, :, 0] = (middle * (math.log(shape.context) + 2.0) / score).to(dtype)
         inputs.append((query, key, value))
     return inputs
 
