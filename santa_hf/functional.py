@@ -138,8 +138,9 @@ def _implementation(
 ) -> Callable[..., torch.Tensor]:
     """The function that computes one decode step.
 
-    "auto" takes the Triton kernels wherever they can run: they were faster than the reference at
-    every shape measured, and "prop" draws what the reference draws.
+    "auto" takes the Triton kernels on a CUDA device wherever they can run, at any length: it has to draw
+    what the reference draws, which "prop" does, and below the crossover with dense attention (4k keys
+    at batch 1 on an H100, eval/bench/results) the choice is `min_context`, not another kernel.
     """
     if kernel == "reference" or (kernel == "auto" and query.device.type != "cuda"):
         return reference.decode
