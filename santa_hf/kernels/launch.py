@@ -2,7 +2,7 @@
 
 Workspaces come from PyTorch's caching allocator at every call, so that layers and steps reuse the same
 blocks, CUDA graphs keep them in their own pool, and streams and devices never share one. In bytes, with
-T = ceil(N / 128) tiles and C = ceil(samples / BLOCK_S) chunks of draws:
+T = ceil(N / 128) tiles and C chunks of 32 draws (of 64 with more than 128 samples):
 
     prop          B H (264 T + 4 Dv C + 4)    264 T = about 2 bytes a key and query head
     dense, flash  B H (4 Dv + 8) splits       splits <= 2 * multiprocessors
@@ -28,22 +28,18 @@ MAX_LENGTH = 2**23 - 1
 MAX_DIM = 1024
 MAX_GROUP = 128
 MAX_GROUP_FLASH = 64  # more heads times a tile of 256 keys do not fit
-MIN_GROUP = 4
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Tile choices, measured on an H100 (eval/bench/results). None of them changes a draw.
-# Pass 1: one tile a program. Pipelined loops over more tiles were slower at every shape.
+# Choices measured on an H100, see eval/bench/results/kernels.md. None of them changes a draw.
+MIN_GROUP = 4  # rows that a group of query heads is padded to
 SCORE_WARPS = 8
-# Pass 2: tiles whose masses a program sums at a time.
-BLOCK_T = 256
-SPLIT_WAVES = 1
+BLOCK_T = 256  # tiles whose masses a program of pass 2 holds at a time: 32k keys
+SPLIT_WAVES = 1  # programs a multiprocessor that the splits of one row aim at
 FLASH_WARPS = 4
 FLASH_STAGES = 1
 DENSE_TILE = 128
 DENSE_STAGES = 2
 DENSE_WARPS = 8
-# Bytes of shared memory that the tiles of a pipeline may take (an H100 gives a program 227 KiB).
-SHARED_MEMORY = 200 * 1024
 
 
 def why_not(
@@ -258,9 +254,9 @@ def fused(
     return out
 
 
-def _stages(wanted: int, tile_bytes: int) -> int:
+def _stages(wanted: int, tile_bytes: int, device: torch.device) -> int:
     """Software pipeline stages whose tiles fit in shared memory."""
-    return max(1, min(wanted, SHARED_MEMORY // tile_bytes))
+    return max(1, min(wanted, _shared_memory(device) // tile_bytes))
 
 
 def _fused_blocks(
@@ -275,7 +271,7 @@ def _fused_blocks(
         warps = FLASH_WARPS if block_g <= 16 else 8
         return block_d, block_dv, {"num_warps": warps, "num_stages": FLASH_STAGES}
     tile_bytes = DENSE_TILE * (query.shape[-1] + block_dv) * query.element_size()
-    stages = _stages(DENSE_STAGES, tile_bytes)
+    stages = _stages(DENSE_STAGES, tile_bytes, query.device)
     return block_d, block_dv, {"num_warps": DENSE_WARPS, "num_stages": stages}
 
 
@@ -292,6 +288,17 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that the tiles of a program may take, with room left for its reductions."""
+    if device.type != "cuda":
+        return 1
+    properties = torch.cuda.get_device_properties(device)
+    # 99 KiB is what the smallest GPUs of the generations with asynchronous copies have.
+    available = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return int(available) - 16 * 1024
 
 
 @cache
