@@ -89,7 +89,7 @@ def santa_decode(
         softcap=softcap,
         layer=layer,
         head_offset=head_offset,
-        kernel=kernel,
+        implementation=kernel,
     )
 
 
@@ -109,10 +109,10 @@ def _dispatch(
     softcap: float | None,
     layer: int,
     head_offset: int,
-    kernel: str,
+    implementation: str,
 ) -> torch.Tensor:
     """Run a validated decode step: the implementation of the operator, called directly in eager."""
-    decode = _implementation(query, key, value, estimator, kernel)
+    decode = _implementation(query, key, value, estimator, implementation)
     return decode(
         query,
         key,

@@ -14,7 +14,7 @@ torch.library.define(
     "santa_hf::decode",
     "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? position, Tensor? row_seed, "
     "Tensor? sinks, *, int seed, int samples, str estimator, float scaling, float? softcap, "
-    "int layer, int head_offset, str kernel) -> Tensor",
+    "int layer, int head_offset, str implementation) -> Tensor",
 )
 
 

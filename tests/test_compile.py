@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -59,6 +61,14 @@ def test_a_full_graph_gives_the_tokens_of_eager(family: str, budget: dict[str, i
     assert santa_hf.stats(model).total.sampled > 0
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++")
+def test_inductor_lowers_the_operator() -> None:
+    """Inductor passes the arguments of an operator on by name, among names of its own."""
+    model = tiny.use(tiny.build("llama", torch.float64), "santa", samples=8)
+    eager = decode(model, model, 4)
+    assert torch.equal(decode(model, torch.compile(model, fullgraph=True), 4), eager)
+
+
 def test_a_new_configuration_reaches_a_compiled_model() -> None:
     model = tiny.use(tiny.build("llama", torch.float64), "santa", samples=8)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -99,7 +109,7 @@ def test_the_operator_keeps_its_schema(estimator: str) -> None:
         "softcap": None,
         "layer": 2,
         "head_offset": 0,
-        "kernel": "auto",
+        "implementation": "auto",
     }
     rows = torch.tensor([3, 4])
     for optional in ((None, None, None, None), (mask, rows, rows, torch.randn(6))):

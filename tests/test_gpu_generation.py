@@ -44,4 +44,6 @@ def test_kernels_draw_what_the_reference_draws(family: str, cache: str) -> None:
     noise = (sampled["auto"] - exact).square().mean().sqrt()
     apart = (sampled["auto"] - sampled["reference"]).square().mean().sqrt()
     assert noise > 1e-2
-    assert apart < 0.2 * noise  # the same draws, but where rounding moves one across a boundary
+    # The same draws, but where rounding moves one of 16 across a boundary; independent ones would be
+    # apart by the noise times the square root of two.
+    assert apart < 0.7 * noise
