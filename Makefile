@@ -30,7 +30,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m eval bench reference
+	$(BIN)/python -m eval bench reference --out eval/bench/results
 
 clean:
 	rm -rf .venv-* build dist *.egg-info

@@ -1,7 +1,8 @@
 """Counters: what each attention layer did with its calls, and why it did not sample.
 
-Counting is plain Python on the host and never touches the device; calls inside a compiled graph are
-not seen, since Python does not run there.
+Counting is plain Python on the host; only a batch in which some rows are below `min_context`, and
+`count_value_rows`, ask the device. Calls inside a compiled graph are not seen, since Python does not
+run there.
 """
 
 from __future__ import annotations

@@ -120,6 +120,17 @@ def test_a_copy_of_a_cache_is_independent() -> None:
     assert not torch.equal(layer.keys[:, :, 50], other.keys[:, :, 50])
 
 
+def test_a_cache_filled_in_inference_mode_grows_outside_of_it() -> None:
+    stock, ours = DynamicLayer(), InPlaceLayer()
+    first, second, third = states(1, 5), states(1, 1), states(1, 1)
+    for layer in (stock, ours):
+        with torch.inference_mode():
+            layer.update(*first)
+        layer.update(*second)
+        layer.update(*third)
+    same(stock, ours)
+
+
 def test_autograd_goes_through_concatenation() -> None:
     stock, ours = DynamicLayer(), InPlaceLayer()
     first, second = states(1, 5), states(1, 2)

@@ -189,6 +189,26 @@ def test_a_layer_without_an_eager_function_says_what_it_lacks() -> None:
         santa_attention(Attention().eval(), **inputs, softcap=2.0)
 
 
+def test_continuous_batching_is_refused() -> None:
+    layer = tiny.build("llama").model.layers[1].self_attn
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        santa_attention(layer, **step(), cache=object())
+
+
+def test_a_layer_that_does_not_say_it_is_causal_needs_position_ids() -> None:
+    class Attention(torch.nn.Module):
+        layer_idx = 0
+        num_key_value_groups = 2
+
+    layer, inputs = Attention().eval(), step()
+    santa_attention(layer, **inputs)
+    assert santa_hf.stats(layer).total.sampled == 1
+    del inputs["position_ids"]
+    with pytest.warns(UserWarning, match="does not say that it is causal"):
+        santa_attention(layer, **inputs)
+    assert santa_hf.stats(layer).total.sampled == 1
+
+
 def test_sinks_of_another_shape_are_not_sampled() -> None:
     layer = tiny.build("gpt_oss").model.layers[1].self_attn
     with pytest.warns(UserWarning, match="not one per query head"):

@@ -286,6 +286,21 @@ def assert_output_is_the_mean(
     assert (error <= bound).all()
 
 
+@pytest.mark.parametrize("estimator", ["systematic", "dense"])
+def test_sinks_may_be_strided_and_of_16_bits(estimator: str) -> None:
+    """The logit of a sink is widened before anything is computed with it."""
+    query, key, value, keywords = case((1, 6, 2, 200, 64, 64, F32))
+    keywords["estimator"] = estimator
+    sinks = torch.randn(12, generator=torch.Generator().manual_seed(1)).to(DEVICE, F16)[::2] + 3
+    launcher = launch.fused if estimator == "dense" else launch.prop
+    spread = torch.stack((sinks, -sinks), -1)[:, 0]
+    assert not spread.is_contiguous()
+    for narrow in (spread, sinks):
+        got = launcher(query, key, value, **{**keywords, "sinks": narrow})
+        want = launcher(query, key, value, **{**keywords, "sinks": sinks.float()})
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mask", ["left padding", "static tail", "holes", "expanded"])
 @pytest.mark.parametrize("extra", ["softcap", "sinks"])
 def test_masks_softcap_and_sinks(mask: str, extra: str) -> None:

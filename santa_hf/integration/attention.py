@@ -52,6 +52,10 @@ def santa_attention(
         (B, q, H, Dv) contiguous, and the attention weights where the caller asked for them (dense), else
         None.
     """
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError(
+            'continuous batching does not work with attn_implementation="santa"; use "sdpa" for it'
+        )
     exact = (module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if query.shape[2] != 1:
         _count(module, "multi_token")
@@ -144,7 +148,8 @@ def _decode(
         rows = batch if short is False else int((~short.expand(batch, 1, 1, 1)).sum())
         _count(module, "sampled", config.samples * heads * rows)
         if counting_value_rows():
-            _count_rows(module, query, key, mask, scaling, config, position, kwargs)
+            sampled = None if short is False else ~short.expand(batch, 1, 1, 1).flatten()
+            _count_rows(module, query, key, mask, scaling, config, position, sampled, kwargs)
     return out
 
 
@@ -196,8 +201,6 @@ def _why_not_sampled(
     kwargs: Mapping[str, Any],
 ) -> str | None:
     """Why this decode call cannot be sampled, in the words of the warning; None if it can."""
-    if kwargs.get("cache") is not None:
-        return "continuous batching is not supported"
     sinks = kwargs.get("s_aux")
     if sinks is not None and sinks.shape != query.shape[1:2]:
         return "the attention sinks are not one per query head"
@@ -228,7 +231,11 @@ def _why_not_sampled(
         and mask.shape[1:] == (1, 1, key.shape[2])
     ):
         return "the mask is not a boolean row per sequence"
-    if kwargs.get("sliding_window") is not None and _position(1, kwargs) is None:
+    if _position(1, kwargs) is not None:
+        return None
+    if not hasattr(module, "is_causal") and kwargs.get("is_causal") is None:
+        return "the layer does not say that it is causal, and was called without position_ids"
+    if kwargs.get("sliding_window") is not None:
         # The index of the last visible key saturates in a full window: every step would draw alike.
         return "a sliding layer was called without position_ids"
     return None
@@ -273,9 +280,15 @@ def _count_rows(
     scaling: float | None,
     config: LayerConfig,
     position: torch.Tensor | None,
+    sampled: torch.Tensor | None,
     kwargs: Mapping[str, Any],
 ) -> None:
-    """Repeat the draws of a sampled call in the reference and count the value rows they read."""
+    """Repeat the draws of a call in the reference and count the value rows they read, over the rows
+    of the batch that are `sampled`, bool (B,); None for all."""
+    if sampled is not None:
+        query, key = query[sampled], key[sampled]
+        mask = None if mask is None else mask.expand(len(sampled), -1, -1, -1)[sampled]
+        position = None if position is None else position[sampled]
     batch, kv_heads, length = key.shape[:3]
     draws = reference.draw(
         query,
@@ -290,6 +303,7 @@ def _count_rows(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
         allocation="tile" if config.kernel == "flash" else "global",
+        stash=query.is_cuda and config.kernel in ("auto", "prop"),
     )
     visible = batch * length if mask is None else int(mask.expand(batch, -1, -1, -1).sum())
     counters = layer_stats(module)

@@ -40,19 +40,31 @@ class _Buffer:
         ):
             return torch.cat([held, new], dim=-2)  # its error, or its promotion
         queries = new.shape[2]
-        if held is not self.view or self.rows is None or self.stop + queries > self.rows.shape[2]:
+        if held is not self.view or not self._writable(self.stop + queries):
             total = length + queries
             self.rows = new.new_empty(*new.shape[:2], total + max(CHUNK, total // 8), new.shape[3])
             if held is not None and length:
                 self.rows[:, :, :length] = held
             self.stop = length
+        assert self.rows is not None
         self.rows[:, :, self.stop : self.stop + queries] = new
         self.stop += queries
         return self.rows[:, :, self.stop - queries - length : self.stop]
 
+    def _writable(self, stop: int) -> bool:
+        """Whether rows up to `stop` can be written in place; a tensor made under
+        `torch.inference_mode` cannot be, outside of it."""
+        if self.rows is None or stop > self.rows.shape[2]:
+            return False
+        return torch.is_inference_mode_enabled() or not self.rows.is_inference()
+
 
 class InPlaceLayer(DynamicLayer):  # type: ignore[misc]
-    """A DynamicLayer whose update writes the new rows behind the ones it holds."""
+    """A DynamicLayer whose update writes the new rows behind the ones it holds.
+
+    `keys` and `values` are views: after a crop, the next update writes over rows that an older view
+    still shows. Clone what is to be kept. `copy.deepcopy` gives an independent layer.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -261,7 +261,7 @@ def combine_kernel(
         b_top = tl.maximum(b_top, tl.load(p_top + s + o_s, mask=in_s, other=float("-inf")))
     top = tl.max(b_top, axis=0)
     if HAS_SINKS:
-        sink = tl.load(p_sinks + i_h) * 1.4426950408889634
+        sink = tl.load(p_sinks + i_h).to(tl.float32) * 1.4426950408889634
         top = tl.maximum(top, sink)
     level = tl.where(top == float("-inf"), 0.0, top)
     b_out = tl.zeros([BLOCK_DV], tl.float32)

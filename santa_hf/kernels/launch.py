@@ -149,8 +149,8 @@ def prop(
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
     with _device(query):
         sample_kernel[(chunks, heads, batch)](
-            value, span, sinks, row_seed, _per_row(position, batch), stash, top, total, done,
-            partial, index, out,
+            value, span, _contiguous(sinks), row_seed, _per_row(position, batch), stash, top, total,
+            done, partial, index, out,
             seed, length - 1, layer, head_offset, samples, length, top.shape[2],
             value.stride(0), value.stride(1),
             STRIDE_VN=value.stride(2),
@@ -243,7 +243,7 @@ def fused(
             **({"launch_pdl": True} if pdl and mask is not None else {}),
         )  # fmt: skip
         combine_kernel[(value_blocks, heads, batch)](
-            partial, top, mass, sinks, out, splits,
+            partial, top, mass, _contiguous(sinks), out, splits,
             DV=value_dim,
             HAS_SINKS=sinks is not None,
             BLOCK_DV=block_dv,
@@ -368,6 +368,10 @@ def _visible(
 
 def _mask_stride(rows: torch.Tensor | None, axis: int) -> int:
     return 0 if rows is None else rows.stride(axis)
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _per_row(values: torch.Tensor | None, batch: int) -> torch.Tensor | None:
