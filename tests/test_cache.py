@@ -151,6 +151,7 @@ def test_another_dtype_is_treated_as_torch_cat_does() -> None:
         torch.manual_seed(1)
         layer.update(*states(1, 5))
         layer.update(*states(1, 1, torch.float64))
+        layer.update(*states(1, 1, torch.float64))
     assert ours.keys.dtype == stock.keys.dtype
     assert torch.equal(ours.keys, stock.keys)
 

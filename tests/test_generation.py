@@ -103,12 +103,16 @@ def test_rows_with_little_context_are_dense() -> None:
     """Row by row: those below min_context are exact, the others sampled, and only these count."""
     model = tiny.shared("llama")
     exact = generate(tiny.use(model, "sdpa"), max_new_tokens=2)
-    sampled = generate(tiny.use(model, "santa", samples=16, min_context=139), max_new_tokens=2)
+    tiny.use(model, "santa", samples=16, min_context=139)
+    with santa_hf.count_value_rows():
+        sampled = generate(model, max_new_tokens=2)
     difference = (sampled - exact)[:, 1].abs().amax(-1)
     assert difference[0] > 1e-2  # 151 visible keys
     torch.testing.assert_close(sampled[1:], exact[1:], rtol=1e-5, atol=1e-5)  # 138 and 61
     counters = santa_hf.stats(model).total
     assert counters.samples == tiny.LAYERS * 16 * tiny.HEADS
+    assert counters.rows_visible == tiny.LAYERS * 151 * tiny.KV_HEADS
+    assert 0 < counters.rows_read <= tiny.LAYERS * 16 * tiny.HEADS
 
     santa_hf.reset_stats(model)
     generate(tiny.use(model, "santa", samples=16, min_context=1000))

@@ -33,11 +33,8 @@ class _Buffer:
     def append(self, held: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         """`held` (B, H, n, D), or empty, followed by `new` (B, H, q, D), as a view of the buffer."""
         length = 0 if held is None or held.numel() == 0 else held.shape[2]
-        if (
-            held is not None
-            and length
-            and (held.shape[:2] != new.shape[:2] or held.dtype != new.dtype)
-        ):
+        if held is not None and length and not _alike(held, new):
+            self.rows = None  # what is returned is no view of it
             return torch.cat([held, new], dim=-2)  # its error, or its promotion
         queries = new.shape[2]
         if held is not self.view or not self._writable(self.stop + queries):
@@ -57,6 +54,16 @@ class _Buffer:
         if self.rows is None or stop > self.rows.shape[2]:
             return False
         return torch.is_inference_mode_enabled() or not self.rows.is_inference()
+
+
+def _alike(held: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether two tensors differ in their number of tokens alone."""
+    return (held.shape[:2], held.shape[3:], held.dtype, held.device) == (
+        new.shape[:2],
+        new.shape[3:],
+        new.dtype,
+        new.device,
+    )
 
 
 class InPlaceLayer(DynamicLayer):  # type: ignore[misc]
