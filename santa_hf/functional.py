@@ -30,6 +30,7 @@ def santa_decode(
     head_offset: int = 0,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> torch.Tensor:
     """Attention of one query token per row over a KV cache, by drawing value rows (arXiv 2605.01910).
@@ -54,6 +55,8 @@ def santa_decode(
         head_offset: index of the first query head here within the whole layer (sharded heads).
         softcap: scores become cap * tanh(score / cap) before the softmax; None for none.
         sinks: (H,), a logit per query head that joins the softmax with a value of zero; None for none.
+        exact: bool (B,), True for rows that are computed exactly, without draws; None for none. The
+            kernels decide on the device, so it costs no synchronisation.
         kernel: "auto", "reference" and "prop" draw by one grid over the row and agree for one seed;
             "flash" gives every tile of 256 keys ceil(samples / tiles) draws. An explicit choice
             that cannot run here raises.
@@ -70,6 +73,7 @@ def santa_decode(
         query, key, value, samples, estimator, mask, seed, layer, position, head_offset, kernel
     )
     _validate_scores(query, scaling, softcap, sinks)
+    exact = _validate_exact(query, exact)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     row_seed = seed if isinstance(seed, torch.Tensor) else None
@@ -82,6 +86,7 @@ def santa_decode(
         position,
         row_seed,
         sinks,
+        exact,
         seed=0 if isinstance(seed, torch.Tensor) else seed,
         samples=samples,
         estimator=estimator,
@@ -101,6 +106,7 @@ def _dispatch(
     position: torch.Tensor | None,
     row_seed: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    exact: torch.Tensor | None,
     *,
     seed: int,
     samples: int,
@@ -127,6 +133,7 @@ def _dispatch(
         head_offset=head_offset,
         softcap=softcap,
         sinks=sinks,
+        exact=exact,
     )
 
 
@@ -273,6 +280,17 @@ def _validate_scores(
             )
         if sinks.device != query.device:
             raise ValueError(f"sinks is on {sinks.device}, query on {query.device}")
+
+
+def _validate_exact(query: torch.Tensor, exact: torch.Tensor | None) -> torch.Tensor | None:
+    if exact is None:
+        return None
+    _tensor("exact", exact)
+    if exact.dtype != torch.bool or exact.shape != query.shape[:1]:
+        raise ValueError(
+            f"exact must be bool of shape ({query.shape[0]},), got {exact.dtype} {tuple(exact.shape)}"
+        )
+    return exact.to(query.device)
 
 
 def _per_row(name: str, tensor: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:

@@ -396,10 +396,11 @@ def decode(
     head_offset: int = 0,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
     allocation: Literal["global", "tile"] = "global",
 ) -> torch.Tensor:
     """One decode step of any estimator; arguments and result as in `santa_decode`."""
-    if estimator == "dense":
+    if estimator == "dense" or (exact is not None and bool(exact.all())):
         return dense(query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
     draws = draw(
         query,
@@ -416,4 +417,8 @@ def decode(
         sinks=sinks,
         allocation=allocation,
     )
-    return average(value, draws).to(query.dtype)
+    out = average(value, draws).to(query.dtype)
+    if exact is not None and bool(exact.any()):
+        row = dense(query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
+        out = torch.where(exact.view(-1, 1, 1, 1), row, out)
+    return out

@@ -112,5 +112,6 @@ def test_the_operator_keeps_its_schema(estimator: str) -> None:
         "implementation": "auto",
     }
     rows = torch.tensor([3, 4])
-    for optional in ((None, None, None, None), (mask, rows, rows, torch.randn(6))):
+    exact = torch.tensor([True, False])
+    for optional in ((None,) * 5, (mask, rows, rows, torch.randn(6), exact)):
         torch.library.opcheck(operator, (query, key, value, *optional), settings)

@@ -125,6 +125,9 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sinks": [0.0] * 6}, TypeError, "sinks must be a tensor, got"),
     ({"sinks": torch.zeros(2)}, ValueError, r"sinks must be floating point of shape \(6,\), got"),
     ({"sinks": torch.zeros(6).long()}, ValueError, r"sinks must be floating point .*torch.int64"),
+    ({"exact": True}, TypeError, "exact must be a tensor, got True"),
+    ({"exact": visible(3)}, ValueError, r"exact must be bool of shape \(2,\), got .*\(3,\)"),
+    ({"exact": torch.ones(2)}, ValueError, "exact must be bool .*torch.float32"),
 ]
 
 
@@ -350,3 +353,13 @@ def test_dispatch_hands_everything_to_the_reference(monkeypatch: pytest.MonkeyPa
     assert torch.equal(seen["position"], position)
     assert seen["mask"].shape[1:] == (1, 1, 40)
     assert torch.equal(seen["sinks"], sinks)
+
+
+@pytest.mark.parametrize("rows", [[False, True], [True, True], [False, False]])
+def test_exact_rows_are_dense_and_the_others_draw_as_without_them(rows: list[bool]) -> None:
+    call = tensors()
+    drawn, dense = santa_decode(**call, samples=4), santa_decode(**call, estimator="dense")
+    out = santa_decode(**call, samples=4, exact=torch.tensor(rows))
+    for i, exact in enumerate(rows):
+        assert torch.equal(out[i], (dense if exact else drawn)[i])
+    assert not torch.equal(drawn, dense)

@@ -319,6 +319,26 @@ def test_masks_softcap_and_sinks(mask: str, extra: str) -> None:
     assert (dense.double() - exact).abs().max() <= 8 * 2.0**-11 * value.double().abs().max()
 
 
+@pytest.mark.parametrize("kernel", ["prop", "flash"])
+@pytest.mark.parametrize("mask", [None, "both"])
+def test_exact_rows_are_dense_and_the_others_draw_as_without_them(
+    kernel: str, mask: str | None
+) -> None:
+    query, key, value, keywords = case((3, 6, 2, 300, 64, 40, F16), mask=mask)
+    calls = {
+        "drawn": {},
+        "dense": {"estimator": "dense"},
+        "mixed": {"exact": torch.tensor([False, True, False], device=DEVICE)},
+    }
+    drawn, dense, mixed = (
+        santa_decode(query, key, value, **{**keywords, "kernel": kernel, **call})
+        for call in calls.values()
+    )
+    assert (drawn - dense).abs().amax((1, 2, 3)).min() > 1e-2
+    assert torch.equal(mixed[1], dense[1])
+    assert torch.equal(mixed[::2], drawn[::2])
+
+
 @settings(max_examples=20 if CUDA else 12, deadline=None)
 @given(st.data())
 def test_any_case_equals_the_reference(data: st.DataObject) -> None:

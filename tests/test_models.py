@@ -12,7 +12,7 @@ from functools import cache, partial
 import pytest
 import tiny
 import torch
-from transformers import Cache, DynamicCache, LogitsProcessor, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 import santa_hf
 
@@ -97,17 +97,6 @@ def test_dense_equals_the_model_without_santa(family: str, case: str) -> None:
         assert counters.dense > 0
 
 
-class Force(LogitsProcessor):
-    """Makes generation emit given tokens (B, n), whatever the logits are."""
-
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self.tokens = tokens
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        forced = self.tokens[:, input_ids.shape[1], None]
-        return torch.full_like(scores, -torch.inf).scatter(1, forced, 0.0)
-
-
 @pytest.mark.parametrize("case", SINGLE_TOKEN)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_sampling_error_vanishes(family: str, case: str) -> None:
@@ -117,7 +106,7 @@ def test_sampling_error_vanishes(family: str, case: str) -> None:
     error = {}
     for samples in (64, 1024):
         tiny.use(model, "santa", samples=samples, strict=True)
-        _, logits = CASES[case](model, logits_processor=[Force(tokens)])
+        _, logits = CASES[case](model, logits_processor=[tiny.Force(tokens)])
         # The first token comes out of the prefill, which is exact.
         torch.testing.assert_close(logits[:, 0], exact[:, 0], rtol=1e-5, atol=1e-5)
         error[samples] = float((logits - exact)[:, 1:].square().mean().sqrt())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 VOCABULARY = 89
 LAYERS = 3
@@ -128,3 +128,14 @@ def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         input_ids[i, longest - row.shape[1] :] = row[0]
         attention_mask[i, longest - row.shape[1] :] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+class Force(LogitsProcessor):
+    """Makes generation emit given tokens (B, n), whatever the logits are."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = self.tokens[:, input_ids.shape[1], None]
+        return torch.full_like(scores, -torch.inf).scatter(1, forced, 0.0)

@@ -130,25 +130,26 @@ def _decode(
     if config.estimator == "dense":
         return step(estimator="dense")
     batch, heads = query.shape[:2]
-    short = _short_rows(mask, key.shape[2], config.min_context)
-    if short is True:
+    if key.shape[2] < config.min_context:
         _count(module, "dense")
         return step(estimator="dense")
+    exact = _short_rows(mask, batch, config.min_context)
     position = _position(batch, kwargs)
     out = step(
+        exact=exact,
         samples=config.samples,
         estimator=config.estimator,
         seed=config.seed,
         layer=cast(int, module.layer_idx),
         position=position,
     )
-    if isinstance(short, torch.Tensor):
-        out = torch.where(short, step(estimator="dense"), out)
     if not torch.compiler.is_compiling():
-        rows = batch if short is False else int((~short.expand(batch, 1, 1, 1)).sum())
-        _count(module, "sampled", config.samples * heads * rows)
+        rows = batch
+        if exact is not None and not exact.is_cuda:
+            rows -= int(exact.sum())
+        _count(module, "sampled" if rows else "dense", config.samples * heads * rows)
         if counting_value_rows():
-            sampled = None if short is False else ~short.expand(batch, 1, 1, 1).flatten()
+            sampled = None if exact is None else ~exact
             _count_rows(module, query, key, mask, scaling, config, position, sampled, kwargs)
     return out
 
@@ -255,21 +256,22 @@ def _position(batch: int, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     return position_ids[:, 0].expand(batch) if position_ids.shape[0] == 1 else position_ids[:, 0]
 
 
-def _short_rows(mask: torch.Tensor | None, length: int, min_context: int) -> bool | torch.Tensor:
-    """Rows that see fewer keys than `min_context`: all, none, or bool (B or 1, 1, 1, 1).
+def _short_rows(mask: torch.Tensor | None, batch: int, min_context: int) -> torch.Tensor | None:
+    """Rows that see fewer keys than `min_context`, bool (B,); None where there is no mask to say.
 
-    Decided row by row, so that a sequence is treated alike alone and in a batch.
+    Decided row by row, so that a sequence is treated alike alone and in a batch, and on the mask's
+    device: the host never waits. Layers of a step share their mask, so the answer is kept on it.
     """
-    if length < min_context:
-        return True
     if mask is None or min_context <= 1:
-        return False
-    short = mask.sum(-1, keepdim=True) < min_context
-    if torch.compiler.is_compiling():  # a graph cannot branch on the mask: compute both and select
-        return short
-    if not bool(short.any()):
-        return False
-    return True if bool(short.all()) else short
+        return None
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return (mask.sum(-1).flatten() < min_context).expand(batch)
+    asked = (mask._version, min_context, batch)
+    known = getattr(mask, "_santa_short_rows", None)
+    if known is None or known[0] != asked:
+        known = (asked, (mask.sum(-1).flatten() < min_context).expand(batch))
+        mask._santa_short_rows = known  # type: ignore[attr-defined]
+    return known[1]
 
 
 def _count_rows(

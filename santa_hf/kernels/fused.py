@@ -10,8 +10,8 @@ Weights of a tile are rounded to multiples of 2**-23 of its largest, and mass_t 
 *rounded* weights, an exact uint32: the draws are exactly unbiased for the rounded softmax.
 """
 
-# ruff: noqa: N803, SIM108 (constants of a kernel are capitals; Triton has no conditional expression
-# over two shapes)
+# ruff: noqa: N803, SIM102, SIM108 (constants of a kernel are capitals, and a condition on one stands
+# alone, so that the other side is not compiled; Triton has no conditional expression over two shapes)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import triton
@@ -44,6 +44,7 @@ def fused_kernel(
     p_value,  # (B, KVH, N, DV)
     p_mask,  # (B, N) uint8
     p_span,  # (B, 2) int32, of `span_kernel`
+    p_only,  # (B,) uint8, zero for rows that are left alone
     p_seed,  # (B,) int64
     p_position,  # (B,) int64
     p_partial,  # (B, KVH * G, splits, DV) float32
@@ -71,6 +72,7 @@ def fused_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_ONLY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SEED: tl.constexpr,
     HAS_POSITION: tl.constexpr,
@@ -98,6 +100,9 @@ def fused_kernel(
     o_dv = i_dv * BLOCK_DV + tl.arange(0, BLOCK_DV)
     i_head = i_b * (tl.num_programs(1) * G) + i_kv * G
 
+    if HAS_ONLY:
+        if tl.load(p_only + i_b) == 0:
+            return
     first = 0 * N
     last = N - 1
     if HAS_MASK:
@@ -237,10 +242,12 @@ def combine_kernel(
     p_partial,  # (B, H, splits, DV) float32
     p_top,  # (B, H, splits) float32
     p_mass,  # (B, H, splits) float32
+    p_only,  # (B,) uint8, zero for rows that are left alone
     p_sinks,  # (H,) float32
     p_out,  # (B, H, 1, DV)
     splits: tl.int32,
     DV: tl.constexpr,
+    HAS_ONLY: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PDL: tl.constexpr,
@@ -251,6 +258,9 @@ def combine_kernel(
     o_d = i_dv * BLOCK_DV + tl.arange(0, BLOCK_DV)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if HAS_ONLY:
+        if tl.load(p_only + i_b) == 0:
+            return
     p_top += i_row * splits
     p_mass += i_row * splits
     p_partial += i_row * splits * DV

@@ -71,9 +71,10 @@ def scores(
     scaling: float,
     mask: torch.Tensor | None,
     span: torch.Tensor | None,
+    exact: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pass 1, see `scores_kernel`; `span` is that of the mask.
+    """Pass 1, see `scores_kernel`; `span` is that of the mask, rows that are `exact` are skipped.
 
     Returns:
         stash float16 (B, KVH, T, G, TILE), top float32 (B, H, T), total int32 (B, H, T), and done int32
@@ -92,13 +93,14 @@ def scores(
     pdl = mask is not None and _dependent_launch(device)
     with _device(query):
         scores_kernel[(n_tiles, kv_heads, batch)](
-            query, key, mask, span, stash, top, total, done, scale, cap, length,
+            query, key, mask, span, _bytes(exact), stash, top, total, done, scale, cap, length,
             query.stride(0), query.stride(1), key.stride(0), key.stride(1), _mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
             STRIDE_MN=_mask_stride(mask, 1),
             G=heads // kv_heads,
             D=dim,
             HAS_MASK=mask is not None,
+            HAS_EXACT=exact is not None,
             HAS_SOFTCAP=softcap is not None,
             TILE=TILE,
             ALIGN_Q=_alignment(query),
@@ -128,6 +130,7 @@ def prop(
     head_offset: int = 0,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One sampled decode step in two passes; arguments and result as in `santa_decode`.
@@ -138,7 +141,7 @@ def prop(
     kv_heads, length, value_dim = value.shape[1:]
     mask, span = _visible(mask, batch, position is None)
     stash, top, total, done = scores(
-        query, key, scaling=scaling, mask=mask, span=span, softcap=softcap
+        query, key, scaling=scaling, mask=mask, span=span, exact=exact, softcap=softcap
     )
     out = query.new_empty(batch, heads, 1, value_dim)
     block_s, warps = _block_of_samples(samples)
@@ -149,14 +152,15 @@ def prop(
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
     with _device(query):
         sample_kernel[(chunks, heads, batch)](
-            value, span, _contiguous(sinks), row_seed, _per_row(position, batch), stash, top, total,
-            done, partial, index, out,
+            value, span, _bytes(exact), _contiguous(sinks), row_seed, _per_row(position, batch),
+            stash, top, total, done, partial, index, out,
             seed, length - 1, layer, head_offset, samples, length, top.shape[2],
             value.stride(0), value.stride(1),
             STRIDE_VN=value.stride(2),
             G=heads // kv_heads,
             DV=value_dim,
             HAS_SPAN=span is not None,
+            HAS_EXACT=exact is not None,
             HAS_SINKS=sinks is not None,
             HAS_SEED=row_seed is not None,
             HAS_POSITION=position is not None,
@@ -172,6 +176,11 @@ def prop(
             LOG2_BLOCK_T=BLOCK_T.bit_length() - 1,
             BLOCK_DV=_block_of(value_dim),
             num_warps=warps,
+        )  # fmt: skip
+    if exact is not None:
+        _one_pass(
+            query, key, value, out, mask, span, samples=1, estimator="dense", scaling=scaling,
+            seed=0, layer=0, position=None, head_offset=0, softcap=softcap, sinks=sinks, only=exact,
         )  # fmt: skip
     return out
 
@@ -191,13 +200,47 @@ def fused(
     head_offset: int = 0,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One decode step in one pass, exact or with a fixed budget per tile; as in `santa_decode`."""
+    batch, heads = query.shape[:2]
+    out = query.new_empty(batch, heads, 1, value.shape[-1])
+    mask, span = _visible(mask, batch, estimator != "dense")
+    passes = [(estimator, None)]
+    if exact is not None and estimator != "dense":
+        passes = [(estimator, ~exact), ("dense", exact)]
+    for each, only in passes:
+        _one_pass(
+            query, key, value, out, mask, span, samples=samples, estimator=each, scaling=scaling,
+            seed=seed, layer=layer, position=position, head_offset=head_offset, softcap=softcap,
+            sinks=sinks, only=only,
+        )  # fmt: skip
+    return out
+
+
+def _one_pass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    mask: torch.Tensor | None,
+    span: torch.Tensor | None,
+    *,
+    samples: int,
+    estimator: str,
+    scaling: float,
+    seed: int | torch.Tensor,
+    layer: int,
+    position: torch.Tensor | None,
+    head_offset: int,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    only: torch.Tensor | None,
+) -> None:
+    """Write the rows of `out` that `only`, bool (B,), names; None for all. See `fused_kernel`."""
     batch, heads, _, dim = query.shape
     kv_heads, length, value_dim = key.shape[1], key.shape[2], value.shape[-1]
-    out = query.new_empty(batch, heads, 1, value_dim)
     tile = DENSE_TILE if estimator == "dense" else FIXED_TILE
-    mask, span = _visible(mask, batch, estimator != "dense")
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
     pdl = _dependent_launch(query.device)
     block_g = _block_of_group(heads // kv_heads)
@@ -212,7 +255,7 @@ def fused(
     scale, cap = _exponent_scale(scaling, softcap)
     with _device(query):
         fused_kernel[(splits * value_blocks, kv_heads, batch)](
-            query, key, value, mask, span, row_seed, _per_row(position, batch),
+            query, key, value, mask, span, _bytes(only), row_seed, _per_row(position, batch),
             partial, top, mass, scale, cap,
             seed, layer, head_offset, samples, length,
             split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
@@ -224,6 +267,7 @@ def fused(
             D=dim,
             DV=value_dim,
             HAS_MASK=mask is not None,
+            HAS_ONLY=only is not None,
             HAS_SOFTCAP=softcap is not None,
             HAS_SEED=row_seed is not None,
             HAS_POSITION=position is not None,
@@ -243,15 +287,15 @@ def fused(
             **({"launch_pdl": True} if pdl and mask is not None else {}),
         )  # fmt: skip
         combine_kernel[(value_blocks, heads, batch)](
-            partial, top, mass, _contiguous(sinks), out, splits,
+            partial, top, mass, _bytes(only), _contiguous(sinks), out, splits,
             DV=value_dim,
+            HAS_ONLY=only is not None,
             HAS_SINKS=sinks is not None,
             BLOCK_DV=block_dv,
             PDL=pdl,
             num_warps=2,
             **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
-    return out
 
 
 def _stages(wanted: int, tile_bytes: int, device: torch.device) -> int:
@@ -368,6 +412,10 @@ def _visible(
 
 def _mask_stride(rows: torch.Tensor | None, axis: int) -> int:
     return 0 if rows is None else rows.stride(axis)
+
+
+def _bytes(rows: torch.Tensor | None) -> torch.Tensor | None:
+    return None if rows is None else rows.contiguous().view(torch.uint8)
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

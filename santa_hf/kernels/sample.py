@@ -6,8 +6,8 @@ monotone, independent of order, and a tile without mass is never drawn. Each dra
 comparing its point with that prefix, and its row by an exact integer prefix inside the one tile.
 """
 
-# ruff: noqa: N803, SIM108 (constants of a kernel are capitals; Triton has no conditional expression
-# over two shapes)
+# ruff: noqa: N803, SIM102, SIM108 (constants of a kernel are capitals, and a condition on one stands
+# alone, so that the other side is not compiled; Triton has no conditional expression over two shapes)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import triton
@@ -76,6 +76,7 @@ def _place(
 def sample_kernel(
     p_value,  # (B, KVH, N, DV)
     p_span,  # (B, 2) int32, of `span_kernel`
+    p_exact,  # (B,) uint8, rows that are not drawn from
     p_sinks,  # (KVH * G,) float32
     p_seed,  # (B,) int64
     p_position,  # (B,) int64
@@ -99,6 +100,7 @@ def sample_kernel(
     G: tl.constexpr,
     DV: tl.constexpr,
     HAS_SPAN: tl.constexpr,
+    HAS_EXACT: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SEED: tl.constexpr,
     HAS_POSITION: tl.constexpr,
@@ -118,6 +120,9 @@ def sample_kernel(
     i_chunk, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     chunks, heads = tl.num_programs(0), tl.num_programs(1)
     i_row = i_b * heads + i_h
+    if HAS_EXACT:
+        if tl.load(p_exact + i_b) != 0:
+            return
     p_top += i_row * n_tiles
     p_total += i_row * n_tiles
     p_stash += ((i_row - i_h % G) * n_tiles + i_h % G) * TILE

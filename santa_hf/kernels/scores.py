@@ -10,7 +10,8 @@ The draws of pass 2 are exactly unbiased for the rounded weights. A program owns
 result is bitwise the same alone and in any batch.
 """
 
-# ruff: noqa: N803 (constants of a kernel are capitals)
+# ruff: noqa: N803, SIM102 (constants of a kernel are capitals; a condition on one stands alone, so
+# that the other side is not compiled)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import triton
@@ -29,6 +30,7 @@ def scores_kernel(
     p_key,  # (B, KVH, N, D)
     p_mask,  # (B, N) uint8
     p_span,  # (B, 2) int32, of `span_kernel`
+    p_exact,  # (B,) uint8, rows that are not drawn from
     p_stash,  # (B, KVH, n_tiles, G, TILE) fp16
     p_top,  # (B, KVH * G, n_tiles) float32
     p_total,  # (B, KVH * G, n_tiles) int32
@@ -46,6 +48,7 @@ def scores_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_EXACT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN_Q: tl.constexpr,
@@ -70,6 +73,10 @@ def scores_kernel(
         p_mask += i_b * stride_mb
         if PDL:
             tl.extra.cuda.gdc_wait()
+    if HAS_EXACT:
+        if tl.load(p_exact + i_b) != 0:
+            return
+    if HAS_MASK:
         start += tl.load(p_span + 2 * i_b)
         visible = o_t < N - start
         o_mask = (start + o_t).to(tl.int64) * STRIDE_MN
