@@ -206,7 +206,7 @@ def fused(
     batch, heads = query.shape[:2]
     out = query.new_empty(batch, heads, 1, value.shape[-1])
     mask, span = _visible(mask, batch, estimator != "dense")
-    passes = [(estimator, None)]
+    passes: list[tuple[str, torch.Tensor | None]] = [(estimator, None)]
     if exact is not None and estimator != "dense":
         passes = [(estimator, ~exact), ("dense", exact)]
     for each, only in passes:
