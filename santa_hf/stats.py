@@ -1,7 +1,6 @@
 """Counters: what each attention layer did with its calls, and why it did not sample.
 
-Counting is plain Python on the host; only a batch in which some rows are below `min_context`, and
-`count_value_rows`, ask the device. Calls inside a compiled graph are not seen, since Python does not
+Counting is plain Python on the host, and only `count_value_rows` waits for a GPU. Calls inside a compiled graph are not seen, since Python does not
 run there.
 """
 
@@ -24,7 +23,8 @@ class LayerStats:
 
     Attributes:
         sampled: decode calls that drew samples.
-        samples: draws, summed over rows of the batch and query heads.
+        samples: draws, summed over rows of the batch and query heads. Under a mask on a GPU, rows below
+            min_context are known to the device alone, and count as if they had been sampled.
         dense: decode calls that were dense as configured (estimator "dense", or fewer visible keys
             than min_context).
         multi_token: calls with several query tokens (prefill, speculative verification), dense by
