@@ -1,7 +1,7 @@
 """Counters: what each attention layer did with its calls, and why it did not sample.
 
-Counting is plain Python on the host, and only `count_value_rows` waits for a GPU. Calls inside a compiled graph are not seen, since Python does not
-run there.
+Counting is plain Python on the host, and only `count_value_rows` waits for a GPU. Calls inside a
+compiled graph are not seen, since Python does not run there.
 """
 
 from __future__ import annotations
