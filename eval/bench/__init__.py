@@ -10,6 +10,7 @@ __all__ = ["BENCHMARKS", "main"]
 
 BENCHMARKS = {
     "reference": Command("eval.bench.reference", "the CPU path against SDPA"),
+    "decode": Command("eval.bench.decode", "milliseconds per token of generate on a GPU"),
     "kernels": Command("eval.bench.kernels", "the Triton kernels against dense ones on a GPU"),
 }
 

@@ -1,0 +1,51 @@
+"""The benchmark of decoding on a tiny model: every arm that runs without a GPU, resumed from its CSV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.bench import decode
+from eval.cli import CommandError
+
+CPU_ARMS = [arm.name for arm in decode.ARMS if not arm.compiled and "flash" not in arm.name]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has more arms")
+def test_decode_benchmark(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["--tiny", "--steps", "3", "--out", str(tmp_path)]
+    decode.main("bench decode", [*arguments, "--cases", "150x2", "--arms", "santa"])
+    decode.main("bench decode", [*arguments, "--cases", "150x2", "--arms", "sdpa"])
+    rows = decode._read_rows(tmp_path / "decode.csv")
+    assert sorted(row.arm for row in rows) == sorted([*CPU_ARMS, decode.LAUNCH_FLOOR])
+    assert all(row.ms_p20 <= row.ms_p50 <= row.ms_p80 for row in rows)  # type: ignore[operator]
+    assert {row.context for row in rows} == {150, decode.FLOOR_CONTEXT}
+    assert (tmp_path / "decode.png").stat().st_size > 1000
+
+
+def test_kernels_are_told_apart() -> None:
+    for name, kind in {
+        "scores_kernel": "attention",
+        "void at::native::(anonymous namespace)::CatArrayBatchedCopy": "cache",
+        "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": "weights",
+        "gemv2T_kernel_val": "weights",
+        "triton_red_fused_add_mean_mul_pow_rsqrt_0": "other",
+        "pytorch_flash::flash_fwd_splitkv_kernel": "attention",
+    }.items():
+        assert decode._class_of(name) == kind, name
+
+
+@pytest.mark.parametrize("case", ["32768", "0x1", "axb", "-1x2"])
+def test_a_bad_case_is_refused(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        decode.main("bench decode", [f"--cases={case}"])
+    assert "must be CONTEXTxBATCH" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(CommandError, match="needs a GPU"):
+        decode.main("bench decode", [])
