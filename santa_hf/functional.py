@@ -246,22 +246,28 @@ def _validate(
         _tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool with True for visible keys, got {mask.dtype}")
-        try:
-            mask = mask.view([1] * (4 - mask.ndim) + list(mask.shape))
-            shape = torch.broadcast_shapes(mask.shape, (batch, 1, 1, length))
-        except RuntimeError:
-            shape = mask.shape
-        if tuple(shape) != (batch, 1, 1, length):
-            raise ValueError(
-                f"mask must broadcast to ({batch}, 1, 1, {length}), got {tuple(mask.shape)}"
-            )
-        mask = mask.to(query.device).expand(-1, 1, 1, length)
+        if mask.shape != (batch, 1, 1, length) or mask.device != query.device:
+            mask = _mask_row(mask, batch, length).to(query.device)
     if position is not None:
         position = _per_row("position", position, batch, query.device)
     if isinstance(seed, torch.Tensor):
         return mask, position, _per_row("seed", seed, batch, query.device)
     _integer("seed", seed, 0, 2**63 - 1)
     return mask, position, seed
+
+
+def _mask_row(mask: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """A mask of any broadcastable shape as (1 or batch, 1, 1, length)."""
+    try:
+        mask = mask.view([1] * (4 - mask.ndim) + list(mask.shape))
+        shape = torch.broadcast_shapes(mask.shape, (batch, 1, 1, length))
+    except RuntimeError:
+        shape = mask.shape
+    if tuple(shape) != (batch, 1, 1, length):
+        raise ValueError(
+            f"mask must broadcast to ({batch}, 1, 1, {length}), got {tuple(mask.shape)}"
+        )
+    return mask.expand(-1, 1, 1, length)
 
 
 def _validate_scores(

@@ -33,36 +33,39 @@ class _Buffer:
     def append(self, held: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         """`held` (B, H, n, D), or empty, followed by `new` (B, H, q, D), as a view of the buffer."""
         length = 0 if held is None or held.numel() == 0 else held.shape[2]
-        if held is not None and length and not _alike(held, new):
-            self.rows = None  # what is returned is no view of it
-            return torch.cat([held, new], dim=-2)  # its error, or its promotion
-        queries = new.shape[2]
-        if held is not self.view or not self._writable(self.stop + queries):
-            total = length + queries
+        total = length + new.shape[2]
+        if held is None or held is not self.view or not self._takes(new):
+            if held is not None and length and not _alike(held, new):
+                self.rows = None  # what is returned is no view of it
+                return torch.cat([held, new], dim=-2)  # its error, or its promotion
             self.rows = new.new_empty(*new.shape[:2], total + max(CHUNK, total // 8), new.shape[3])
             if held is not None and length:
                 self.rows[:, :, :length] = held
             self.stop = length
         assert self.rows is not None
-        self.rows[:, :, self.stop : self.stop + queries] = new
-        self.stop += queries
-        return self.rows[:, :, self.stop - queries - length : self.stop]
+        self.rows.narrow(2, self.stop, new.shape[2]).copy_(new)
+        self.stop += new.shape[2]
+        return self.rows.narrow(2, self.stop - total, total)
 
-    def _writable(self, stop: int) -> bool:
-        """Whether rows up to `stop` can be written in place; a tensor made under
-        `torch.inference_mode` cannot be, outside of it."""
-        if self.rows is None or stop > self.rows.shape[2]:
-            return False
-        return torch.is_inference_mode_enabled() or not self.rows.is_inference()
+    def _takes(self, new: torch.Tensor) -> bool:
+        """Whether these rows can be written in place; a tensor made under `torch.inference_mode`
+        cannot be written to outside of it."""
+        rows = self.rows
+        return (
+            rows is not None
+            and self.stop + new.shape[2] <= rows.shape[2]
+            and _alike(rows, new)
+            and (torch.is_inference_mode_enabled() or not rows.is_inference())
+        )
 
 
-def _alike(held: torch.Tensor, new: torch.Tensor) -> bool:
+def _alike(rows: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether two tensors differ in their number of tokens alone."""
-    return (held.shape[:2], held.shape[3:], held.dtype, held.device) == (
-        new.shape[:2],
-        new.shape[3:],
-        new.dtype,
-        new.device,
+    batch, heads, _, dim = rows.shape
+    return (
+        new.shape == (batch, heads, new.shape[2], dim)
+        and new.dtype == rows.dtype
+        and new.device == rows.device
     )
 
 

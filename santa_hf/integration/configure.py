@@ -86,7 +86,7 @@ def layer_config(
     """
     config = getattr(module, "config", None)
     source: _Source = (
-        _copied(getattr(config, "santa", None)),
+        getattr(config, "santa", None),
         os.environ.get(CONFIG_VARIABLE),
         getattr(module, "layer_idx", None) or 0,
         # Of an encoder-decoder, this would be the encoder's.
@@ -101,12 +101,12 @@ def layer_config(
             override.check_layers(source[3])
         return override.for_layer(source[2])
     if torch.compiler.is_compiling():
-        return _layer_config(*source)
+        return _layer_config(_copied(source[0]), *source[1:])
     # Resolved again only when the dict on the config or the environment changes: a decode step
     # costs a comparison, not a validation.
     known = _resolved.get(module)
     if known is None or known[0] != source:
-        known = (source, _layer_config(*source))
+        known = ((_copied(source[0]), *source[1:]), _layer_config(*source))
         _resolved[module] = known
     return known[1]
 
