@@ -54,7 +54,8 @@ def santa_attention(
     """
     if kwargs.get("cache") is not None:
         raise NotImplementedError(
-            'continuous batching does not work with attn_implementation="santa"; use "sdpa" for it'
+            'a paged cache reached attention "santa": continuous batching runs through '
+            "`model.generate_batch`, which switches the model by itself"
         )
     exact = (module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if query.shape[2] != 1:

@@ -1,0 +1,209 @@
+"""Continuous batching: `model.generate_batch` with attention "santa".
+
+A step holds the new tokens of many sequences one after the other, and the paged cache returns the keys
+and values of each sequence likewise. Sequences with one new token decode and are sampled, together, as
+rows of one padded batch; the others prefill and are dense. A sequence therefore draws the same uniforms
+as in `generate`.
+
+Transformers knows no "santa" here: 5.23 refuses it or switches to flash attention, 5.17 looks for
+"paged|santa". `allow_continuous_batching` lets its manager switch to `PAGED`, and back at its end.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+
+from ..config import SantaConfig
+from .attention import santa_attention
+
+__all__ = ["PAGED", "allow_continuous_batching", "santa_paged_attention", "santa_paged_mask"]
+
+PAGED = "santa_paged"
+# Of the call as a whole: a sequence of it has its own.
+_OF_THE_BATCH = (
+    "cache", "read_index", "write_index", "block_table", "position_ids", "is_causal",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "max_seqlen_q", "max_seqlen_k",
+)  # fmt: skip
+
+
+def santa_paged_mask(*args: Any, **kwargs: Any) -> None:
+    """No mask for the packed step: where each sequence begins is in the arguments of the attention."""
+
+
+@torch.compiler.disable
+def santa_paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    santa: SantaConfig | Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention function of Transformers' AttentionInterface for a paged cache.
+
+    A step in which every sequence decodes does not wait for the device; one with a prefill reads the
+    lengths on the host, once per layer.
+
+    Args:
+        module: the attention layer.
+        query: (1, H, tokens, D). key, value: (1, KVH, tokens, D), of the new tokens of all sequences.
+        attention_mask: ignored; `cu_seq_lens_q` and `cu_seq_lens_k` say what belongs together.
+
+    Returns:
+        (1, tokens, H, Dv), zero for padding behind the last sequence, and None.
+
+    Raises:
+        NotImplementedError: the step is being captured into a CUDA graph, or uses a block table.
+        ValueError: there is no paged cache.
+    """
+    cache = kwargs.get("cache")
+    if not isinstance(cache, PagedAttentionCache):
+        raise ValueError(
+            f"attention {PAGED!r} needs the paged cache of continuous batching, got {type(cache)}; "
+            'use "santa" elsewhere'
+        )
+    if kwargs.get("block_table") is not None:
+        raise NotImplementedError("santa does not read block tables: set max_blocks_per_request=0")
+    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(
+            "continuous batching with santa runs without CUDA graphs: set use_cuda_graph=False"
+        )
+    tokens = query.shape[2]
+    starts_q = kwargs["cu_seq_lens_q"]
+    longest_q = kwargs.get("max_length_q", kwargs.get("max_seqlen_q"))
+    position_ids = kwargs.get("position_ids")
+    key, value, starts_k, longest_k = _updated(cache, key, value, module.layer_idx, kwargs)
+    rest = {name: given for name, given in kwargs.items() if name not in _OF_THE_BATCH}
+    window = rest.get("sliding_window")
+    attend: Any = functools.partial(
+        santa_attention, module, dropout=dropout, scaling=scaling, santa=santa, **rest
+    )
+
+    if longest_q == 1 and starts_q.shape[0] == tokens + 1:
+        rows, starts, stops = None, starts_k[:-1], starts_k[1:]
+    else:
+        q, k = starts_q.tolist(), starts_k.tolist()
+        decoding = [i for i in range(len(q) - 1) if q[i + 1] - q[i] == 1]
+        out = query.new_zeros(1, tokens, query.shape[1], value.shape[-1])
+        for i in range(len(q) - 1):
+            if q[i + 1] - q[i] > 1:
+                keys, values = key[:, :, k[i] : k[i + 1]], value[:, :, k[i] : k[i + 1]]
+                queries = query[:, :, q[i] : q[i + 1]]
+                mask = _prefill_mask(queries.shape[2], keys.shape[2], window, query.device)
+                out[:, q[i] : q[i + 1]] = attend(queries, keys, values, mask)[0]
+        if not decoding:
+            return out, None
+        sequences = torch.tensor(decoding, device=query.device)
+        starts, stops = starts_k[sequences], starts_k[sequences + 1]
+        rows = torch.tensor([q[i] for i in decoding], device=query.device)
+        longest_k = max(k[i + 1] - k[i] for i in decoding)
+        query = query[:, :, rows]
+        position_ids = None if position_ids is None else position_ids[:, rows]
+    keys, values, mask = _padded_batch(key, value, starts, stops, longest_k, window)
+    if position_ids is not None:
+        position_ids = position_ids.view(-1, 1).long()
+    sampled, _ = attend(query.transpose(0, 2), keys, values, mask, position_ids=position_ids)
+    sampled = sampled.transpose(0, 1)
+    if rows is None:
+        return sampled.contiguous(), None
+    out[:, rows] = sampled
+    return out, None
+
+
+def _updated(
+    cache: Any,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: Any,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Write the new tokens, and read those of every sequence: keys and values (1, KVH, n, D), where
+    each sequence starts in them (sequences + 1,), and the length of the longest."""
+    groups = getattr(cache, "layer_index_to_group_indices", None)
+    if (
+        groups is None
+    ):  # Transformers 5.23: the cache narrows the arguments down to the layer itself
+        narrowed = dict(kwargs)
+        key, value = cache.update(
+            key_states=key, value_states=value, layer_idx=layer, kwargs=narrowed
+        )
+        return key, value, narrowed["cu_seq_lens_k"], narrowed["max_length_k"]
+    key, value = cache.update(
+        key_states=key,
+        value_states=value,
+        layer_idx=layer,
+        read_index=kwargs["read_index"],
+        write_index=kwargs["write_index"],
+    )
+    starts, longest = kwargs["cu_seq_lens_k"], kwargs["max_seqlen_k"]
+    if isinstance(starts, Mapping):
+        kind = "full_attention" if cache.sliding_windows[layer] == 1 else "sliding_attention"
+        starts, longest = starts[kind], longest[kind]
+    return key.transpose(0, 1)[None], value.transpose(0, 1)[None], starts, longest
+
+
+def _prefill_mask(
+    queries: int, keys: int, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """What the last `queries` of `keys` tokens see, bool (1, 1, queries, keys); None for all before."""
+    if queries == keys and (window is None or keys <= window):
+        return None
+    i_k = torch.arange(keys, device=device)
+    i_q = i_k[keys - queries :, None]
+    visible = i_k <= i_q
+    if window is not None:
+        visible &= i_k > i_q - window
+    return visible[None, None]
+
+
+def _padded_batch(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    start: torch.Tensor,
+    stop: torch.Tensor,
+    longest: int,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Sequences as rows: keys (B, KVH, longest, D), values likewise, bool mask (B, 1, 1, longest).
+
+    `start` and `stop`, (B,), say where the keys of each are in `key` (1, KVH, n, D). Only the last
+    `window` of them are taken.
+    """
+    if window is not None:
+        start = torch.maximum(start, stop - window)
+        longest = min(longest, window)
+    if len(start) == 1 and longest == key.shape[2]:
+        return key, value, None
+    index = start[:, None] + torch.arange(longest, device=key.device)
+    mask = index < stop[:, None]
+    index = index.clamp(max=key.shape[2] - 1)
+    keys, values = (states[0][:, index].transpose(0, 1) for states in (key, value))
+    return keys, values, mask[:, None, None]
+
+
+def allow_continuous_batching() -> None:
+    """Let the manager of continuous batching keep a santa model at santa. May be called again."""
+    original = ContinuousBatchingManager.switch_to_cb_friendly_attn
+    if hasattr(original, "_santa"):
+        return
+
+    @functools.wraps(original)
+    def switch(self: ContinuousBatchingManager, model: Any, *args: Any, **kwargs: Any) -> None:
+        attention = model.config.get_text_config(decoder=True)._attn_implementation
+        if attention == "santa":
+            self._original_attn_impl = model.config._attn_implementation
+            model.set_attn_implementation(PAGED)
+        elif attention != PAGED:
+            original(self, model, *args, **kwargs)
+
+    switch._santa = True  # type: ignore[attr-defined]
+    ContinuousBatchingManager.switch_to_cb_friendly_attn = switch  # type: ignore[method-assign]

@@ -1,0 +1,99 @@
+"""`generate_batch`: every sequence gets the tokens that `generate` gives it alone, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
+
+import santa_hf
+from santa_hf.integration.paged import PAGED, santa_paged_attention
+
+NEW_TOKENS = 20
+PROMPTS = [row[0].tolist() for row in tiny.prompts(150, 37, 90, 200, 61)]
+# The experts of gpt_oss have no float64.
+FAMILIES = [family for family in tiny.FAMILIES if family != "gpt_oss"]
+
+
+def alone(model: PreTrainedModel) -> list[list[int]]:
+    out = []
+    for prompt in PROMPTS:
+        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
+        out.append(tokens[0, len(prompt) :].tolist())
+    return out
+
+
+def together(model: PreTrainedModel, **changes: Any) -> list[list[int]]:
+    out = model.generate_batch(
+        PROMPTS,
+        generation_config=GenerationConfig(
+            max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
+        ),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, **changes),
+    )
+    assert all(output.error is None for output in out.values())
+    return [out[name].generated_tokens for name in sorted(out)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_equal_those_of_generate(family: str) -> None:
+    model = tiny.use(tiny.shared(family, torch.float64), "santa", samples=8)
+    expected = alone(model)
+    santa_hf.reset_stats(model)
+    assert together(model) == expected
+    counters = santa_hf.stats(model).total
+    draws = tiny.LAYERS * tiny.HEADS * 8 * len(PROMPTS) * (NEW_TOKENS - 1)
+    assert counters.samples == draws
+    assert not counters.fallbacks
+    assert model.config._attn_implementation == "santa"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_prefill_chunks_and_decode_steps_in_one_step(family: str) -> None:
+    """With room for 70 tokens a step, prompts come in pieces while other sequences decode."""
+    model = tiny.use(tiny.shared(family, torch.float64), "santa", samples=8, seed=3)
+    expected = alone(model)
+    santa_hf.reset_stats(model)
+    assert together(model, max_batch_tokens=70) == expected
+    counters = santa_hf.stats(model).total
+    assert counters.multi_token > tiny.LAYERS * len(PROMPTS)
+    # Some steps were mixed: there are more of them than it takes to decode the last sequence.
+    assert counters.sampled > tiny.LAYERS * (NEW_TOKENS - 1)
+
+
+def test_seeds_and_budgets_reach_it() -> None:
+    model = tiny.shared("llama", torch.float64)
+    seen = [
+        together(tiny.use(model, "santa", **budget))
+        for budget in ({"samples": 4}, {"samples": 4, "seed": 1}, {"estimator": "dense"})
+    ]
+    assert seen[0] != seen[1]
+    assert seen[2] == alone(tiny.use(model, "sdpa"))
+    tiny.use(model, "santa", samples=4, min_context=120)
+    assert together(model) == alone(model)
+
+
+def test_sinks_are_heard() -> None:
+    model = tiny.shared("gpt_oss")
+    dense = together(tiny.use(model, "santa", estimator="dense"))
+    assert dense == alone(tiny.use(model, "eager"))
+
+
+def test_other_attentions_are_left_to_transformers() -> None:
+    model = tiny.shared("llama", torch.float64)
+    expected = alone(tiny.use(model, "sdpa"))
+    assert together(tiny.use(model, "sdpa"), max_batch_tokens=400) == expected
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    model = tiny.use(tiny.build("llama"), PAGED)
+    with pytest.raises(ValueError, match="needs the paged cache"):
+        model(torch.tensor([PROMPTS[0]]))
+    layer = model.model.layers[0].self_attn
+    x = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16), None
+    with pytest.raises(ValueError, match="needs the paged cache of continuous batching, got"):
+        santa_paged_attention(layer, *x, cache=DynamicCache())
