@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -136,8 +137,10 @@ def _decode(
         return step(estimator="dense")
     exact = _short_rows(mask, batch, config.min_context)
     position = _position(batch, kwargs)
+    head_offset = _head_offset(module, heads) or 0
     out = step(
         exact=exact,
+        head_offset=head_offset,
         samples=config.samples,
         estimator=config.estimator,
         seed=config.seed,
@@ -151,7 +154,9 @@ def _decode(
         _count(module, "sampled" if rows else "dense", config.samples * heads * rows)
         if counting_value_rows():
             sampled = None if exact is None else ~exact
-            _count_rows(module, query, key, mask, scaling, config, position, sampled, kwargs)
+            _count_rows(
+                module, query, key, mask, scaling, config, position, head_offset, sampled, kwargs
+            )
     return out
 
 
@@ -222,9 +227,8 @@ def _why_not_sampled(
         return "the layer has no layer_idx, and layers must not share draws"
     if query.dtype != key.dtype or query.dtype != value.dtype:
         return "query and cache have different dtypes"
-    heads = getattr(getattr(module, "config", None), "num_attention_heads", query.shape[1])
-    if query.shape[1] != heads:
-        return "the heads of the layer are sharded"
+    if _head_offset(module, query.shape[1]) is None:
+        return "the heads of the layer are sharded in an unknown way"
     if mask is not None and not (
         isinstance(mask, torch.Tensor)
         and mask.dtype == torch.bool
@@ -257,6 +261,36 @@ def _position(batch: int, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     return position_ids[:, 0].expand(batch) if position_ids.shape[0] == 1 else position_ids[:, 0]
 
 
+def _head_offset(module: torch.nn.Module, heads: int) -> int | None:
+    """Index of the first of `heads` query heads within the whole layer; None if it is not known.
+
+    Tensor parallelism leaves each rank an equal run of heads, in the order of the ranks; the weights
+    say how they are sharded. A layer that every rank has as a whole draws alike everywhere.
+    """
+    whole = getattr(getattr(module, "config", None), "num_attention_heads", heads)
+    if heads == whole:
+        return 0
+    known = _offsets.get(module)
+    if known is None or known[0] != heads:
+        known = (heads, _sharded_offset(module, heads, whole))
+        _offsets[module] = known
+    return known[1]
+
+
+_offsets: WeakKeyDictionary[torch.nn.Module, tuple[int, int | None]] = WeakKeyDictionary()
+
+
+def _sharded_offset(module: torch.nn.Module, heads: int, whole: int) -> int | None:
+    from torch.distributed.tensor import DTensor
+
+    for weight in module.parameters():
+        if isinstance(weight, DTensor):
+            for i, placement in enumerate(weight.placements):
+                if placement.is_shard() and weight.device_mesh.size(i) * heads == whole:
+                    return int(weight.device_mesh.get_local_rank(i)) * heads
+    return None
+
+
 def _short_rows(mask: torch.Tensor | None, batch: int, min_context: int) -> torch.Tensor | None:
     """Rows that see fewer keys than `min_context`, bool (B,); None where there is no mask to say.
 
@@ -283,6 +317,7 @@ def _count_rows(
     scaling: float | None,
     config: LayerConfig,
     position: torch.Tensor | None,
+    head_offset: int,
     sampled: torch.Tensor | None,
     kwargs: Mapping[str, Any],
 ) -> None:
@@ -303,6 +338,7 @@ def _count_rows(
         seed=config.seed,
         layer=cast(int, module.layer_idx),
         position=position,
+        head_offset=head_offset,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
         allocation="tile" if config.kernel == "flash" else "global",
