@@ -225,20 +225,6 @@ def test_a_layer_without_a_config_samples_by_the_defaults() -> None:
     assert santa_hf.stats(layer).total.samples == 128 * tiny.HEADS * BATCH
 
 
-def test_mixed_dtypes_behave_as_sdpa(layer: torch.nn.Module) -> None:
-    inputs = step()
-    inputs["query"] = inputs["query"].double()
-    with pytest.raises(RuntimeError) as expected:
-        exact(inputs)
-    layer.config.santa = {"estimator": "systematic"}
-    with (
-        pytest.warns(UserWarning, match="query and cache have different dtypes"),
-        pytest.raises(RuntimeError) as raised,
-    ):
-        santa_attention(layer, **inputs)
-    assert str(raised.value).split(",")[0] == str(expected.value).split(",")[0]
-
-
 def test_weights_of_several_tokens_that_are_not_causal(layer: torch.nn.Module) -> None:
     """The prefill of attention weights builds its own mask, and a causal one only where it should."""
     inputs = step()

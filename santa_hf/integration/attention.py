@@ -25,9 +25,48 @@ from .configure import layer_config
 
 __all__ = ["santa_attention", "santa_mask"]
 
-# Registered under the same name as the attention function: without it Transformers passes no mask at
-# all, and padding is silently attended to.
-santa_mask = sdpa_mask
+
+def santa_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,  # a tensor with a static cache
+    kv_offset: int = 0,  # likewise in a sliding layer
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Mask function of Transformers' AttentionMaskInterface: SDPA's, which is bool, or None for none.
+
+    Registered under the name of the attention function: without it Transformers passes no mask at all,
+    and padding is silently attended to.
+
+    Raises:
+        ValueError: the mask is longer than the cache, or this step is beyond its end. (On a GPU, the
+            length of a static cache is known to the device alone, which then stops at its own check.)
+    """
+    if isinstance(kv_offset, int) and not torch.compiler.is_compiling():
+        room = kv_length + kv_offset
+        covered = 0
+        if attention_mask is not None and attention_mask.ndim == 2:
+            covered = attention_mask.shape[-1]
+        if covered > room:
+            raise ValueError(
+                f"attention_mask covers {covered} tokens, and the cache with this step at most {room}"
+            )
+        stop = q_offset + q_length
+        if (isinstance(stop, int) or stop.device.type == "cpu") and stop > room:
+            raise ValueError(
+                f"position {stop - 1} is beyond the end of the cache: it has room for "
+                f"max_cache_len={room} tokens"
+            )
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
 
 
 def santa_attention(
@@ -58,6 +97,7 @@ def santa_attention(
             'a paged cache reached attention "santa": continuous batching runs through '
             "`model.generate_batch`, which switches the model by itself"
         )
+    _check_inputs(query, key, value, attention_mask)
     exact = (module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if query.shape[2] != 1:
         _count(module, "multi_token")
@@ -75,6 +115,26 @@ def santa_attention(
 
     out = _decode(module, query, key, value, attention_mask, scaling, config, kwargs)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _check_inputs(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> None:
+    """Refuse what no attention can compute, in words that name it."""
+    if query.dtype != key.dtype or query.dtype != value.dtype:
+        raise TypeError(
+            f"the query is {query.dtype}, and the cache holds {key.dtype} keys and {value.dtype} "
+            "values: they must share one dtype"
+        )
+    if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"the query is {tuple(query.shape)}, and the cache holds keys {tuple(key.shape)}: batch "
+            "and head size must agree; is it the cache of another model or batch?"
+        )
+    if isinstance(mask, torch.Tensor) and mask.shape[-1] != key.shape[2]:
+        raise ValueError(
+            f"attention_mask must end in the {key.shape[2]} keys of the cache, got {tuple(mask.shape)}"
+        )
 
 
 def _count(module: torch.nn.Module, calls: str, samples: int = 0) -> None:
@@ -225,8 +285,6 @@ def _why_not_sampled(
         return "autograd needs a gradient"
     if getattr(module, "layer_idx", None) is None:
         return "the layer has no layer_idx, and layers must not share draws"
-    if query.dtype != key.dtype or query.dtype != value.dtype:
-        return "query and cache have different dtypes"
     if _head_offset(module, query.shape[1]) is None:
         return "the heads of the layer are sharded in an unknown way"
     if mask is not None and not (

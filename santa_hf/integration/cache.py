@@ -36,8 +36,13 @@ class _Buffer:
         total = length + new.shape[2]
         if held is None or held is not self.view or not self._takes(new):
             if held is not None and length and not _alike(held, new):
+                if _shape(held) != _shape(new):
+                    raise ValueError(
+                        f"the cache holds states of (B, KVH, D) = {_shape(held)}, and this step adds "
+                        f"{_shape(new)}: is it the cache of another model or batch?"
+                    )
                 self.rows = None  # what is returned is no view of it
-                return torch.cat([held, new], dim=-2)  # its error, or its promotion
+                return torch.cat([held, new], dim=-2)  # its promotion, or its error
             self.rows = new.new_empty(*new.shape[:2], total + max(CHUNK, total // 8), new.shape[3])
             if held is not None and length:
                 self.rows[:, :, :length] = held
@@ -59,14 +64,14 @@ class _Buffer:
         )
 
 
+def _shape(states: torch.Tensor) -> tuple[int, int, int]:
+    batch, heads, _, dim = states.shape
+    return batch, heads, dim
+
+
 def _alike(rows: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether two tensors differ in their number of tokens alone."""
-    batch, heads, _, dim = rows.shape
-    return (
-        new.shape == (batch, heads, new.shape[2], dim)
-        and new.dtype == rows.dtype
-        and new.device == rows.device
-    )
+    return _shape(new) == _shape(rows) and new.dtype == rows.dtype and new.device == rows.device
 
 
 class InPlaceLayer(DynamicLayer):  # type: ignore[misc]
