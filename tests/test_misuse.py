@@ -63,14 +63,11 @@ def test_a_four_dimensional_mask_of_another_length(model: PreTrainedModel, lengt
         model(PROMPT[:, :1], past_key_values=filled(model), attention_mask=mask)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_mask_longer_than_the_cache(model: PreTrainedModel, kind: str) -> None:
-    cache = filled(
-        model, StaticCache(config=model.config, max_cache_len=64) if kind == "static" else None
-    )
+def test_a_mask_longer_than_the_cache(model: PreTrainedModel) -> None:
+    cache = filled(model)
     before = contents(cache)
     mask = torch.ones(1, 80, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"attention_mask covers 80 tokens, .* at most 6[14]"):
+    with pytest.raises(ValueError, match=r"attention_mask covers 80 tokens, .* with this step 61"):
         model(PROMPT[:, :1], past_key_values=cache, attention_mask=mask)
     assert all(map(torch.equal, contents(cache), before))
 
@@ -84,7 +81,7 @@ def test_more_tokens_than_a_static_cache_holds(family: str) -> None:
     assert cache.layers[1].cumulative_length == 64  # a full layer in both
     with pytest.raises(ValueError, match=r"position 64 is beyond .* max_cache_len=64"):
         model(PROMPT[:, :1], past_key_values=cache)
-    with pytest.raises(ValueError, match=r"max_cache_len=64|covers 6. tokens"):
+    with pytest.raises(ValueError, match="max_cache_len=64"):
         model.generate(
             torch.cat([PROMPT, PROMPT[:, :5]], 1), past_key_values=cache, max_new_tokens=5
         )

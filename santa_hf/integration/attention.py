@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .. import reference
 from ..config import LayerConfig, SantaConfig
@@ -41,24 +41,25 @@ def santa_mask(
     and padding is silently attended to.
 
     Raises:
-        ValueError: the mask is longer than the cache, or this step is beyond its end. (On a GPU, the
-            length of a static cache is known to the device alone, which then stops at its own check.)
+        ValueError: the mask is longer than a dynamic cache, or this step is beyond the end of a static
+            one. (On a GPU its length is known to the device alone, which stops at a check of its own.)
     """
     if isinstance(kv_offset, int) and not torch.compiler.is_compiling():
-        room = kv_length + kv_offset
-        covered = 0
-        if attention_mask is not None and attention_mask.ndim == 2:
-            covered = attention_mask.shape[-1]
-        if covered > room:
-            raise ValueError(
-                f"attention_mask covers {covered} tokens, and the cache with this step at most {room}"
-            )
-        stop = q_offset + q_length
+        room, stop = kv_length + kv_offset, q_offset + q_length
         if (isinstance(stop, int) or stop.device.type == "cpu") and stop > room:
             raise ValueError(
                 f"position {stop - 1} is beyond the end of the cache: it has room for "
                 f"max_cache_len={room} tokens"
             )
+        # A static cache may come with a mask for all that it will ever hold; so may a sliding layer
+        # of one, which does not tell itself from a dynamic one.
+        full = kwargs.get("mask_function") is causal_mask_function and isinstance(stop, int)
+        if full and attention_mask is not None and attention_mask.ndim == 2:
+            covered = attention_mask.shape[-1]
+            if covered > room:
+                raise ValueError(
+                    f"attention_mask covers {covered} tokens, and the cache with this step {room}"
+                )
     return sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,
