@@ -7,7 +7,8 @@ import shutil
 import pytest
 import tiny
 import torch
-from transformers import PreTrainedModel, StaticCache
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 import santa_hf
 
@@ -67,6 +68,22 @@ def test_inductor_lowers_the_operator() -> None:
     model = tiny.use(tiny.build("llama", torch.float64), "santa", samples=8)
     eager = decode(model, model, 4)
     assert torch.equal(decode(model, torch.compile(model, fullgraph=True), 4), eager)
+
+
+@pytest.mark.parametrize(("family", "graphs"), [("llama", 1), ("gemma3", 2)])
+def test_generate_compiles_by_itself(family: str, graphs: int) -> None:
+    """As it does on a GPU: the tokens of eager, and no more graphs than without santa (a sliding layer
+    of a static cache counts in Python, which Transformers itself traces twice)."""
+    model = tiny.use(tiny.build(family, torch.float64), "santa", samples=8, min_context=120)
+    batch = tiny.left_padded(tiny.prompts(PROMPT, PROMPT - 37))
+    settings = {"max_new_tokens": STEPS, "do_sample": False, "cache_implementation": "static"}
+    eager = model.generate(**batch, **settings)
+    compile_config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    compile_config._compile_all_devices = True
+    counters.clear()
+    compiled = model.generate(**batch, **settings, compile_config=compile_config)
+    assert torch.equal(compiled, eager)
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_a_new_configuration_reaches_a_compiled_model() -> None:
