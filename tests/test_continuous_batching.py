@@ -9,6 +9,8 @@ import tiny
 import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
 
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
 import santa_hf
 from santa_hf.integration.paged import PAGED, santa_paged_attention
 
@@ -87,6 +89,26 @@ def test_other_attentions_are_left_to_transformers() -> None:
     expected = alone(tiny.use(model, "sdpa"))
     assert together(tiny.use(model, "sdpa"), max_batch_tokens=400) == expected
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    """The kernels draw there: dense as SDPA, and sampled near what the reference draws."""
+    model = tiny.build("llama").cuda()
+    assert together(tiny.use(model, "santa", estimator="dense")) == alone(tiny.use(model, "sdpa"))
+    seen = [
+        together(tiny.use(model, "santa", samples=256, kernel=kernel))
+        for kernel in ("prop", "reference")
+    ]
+    same = sum(a == b for rows in zip(*seen, strict=True) for a, b in zip(*rows, strict=True))
+    assert same > NEW_TOKENS * len(PROMPTS) / 2
+    with pytest.raises(NotImplementedError, match="use_cuda_graph=False"):
+        graph = torch.cuda.CUDAGraph()
+        layer = tiny.use(model, PAGED).model.layers[0].self_attn
+        x = torch.randn(1, 4, 3, 16, device="cuda")
+        cache = PagedAttentionCache.__new__(PagedAttentionCache)
+        with torch.cuda.graph(graph):
+            santa_paged_attention(layer, x, x[:, :2], x[:, :2], None, cache=cache)
 
 
 def test_what_it_cannot_do_is_said() -> None:
