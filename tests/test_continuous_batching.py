@@ -9,8 +9,6 @@ import tiny
 import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
 
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-
 import santa_hf
 from santa_hf.integration.paged import PAGED, santa_paged_attention
 
@@ -102,13 +100,6 @@ def test_on_a_gpu() -> None:
     ]
     same = sum(a == b for rows in zip(*seen, strict=True) for a, b in zip(*rows, strict=True))
     assert same > NEW_TOKENS * len(PROMPTS) / 2
-    with pytest.raises(NotImplementedError, match="use_cuda_graph=False"):
-        graph = torch.cuda.CUDAGraph()
-        layer = tiny.use(model, PAGED).model.layers[0].self_attn
-        x = torch.randn(1, 4, 3, 16, device="cuda")
-        cache = PagedAttentionCache.__new__(PagedAttentionCache)
-        with torch.cuda.graph(graph):
-            santa_paged_attention(layer, x, x[:, :2], x[:, :2], None, cache=cache)
 
 
 def test_what_it_cannot_do_is_said() -> None:
