@@ -114,6 +114,17 @@ def test_rows_with_little_context_are_dense() -> None:
     assert counters.rows_visible == tiny.LAYERS * 151 * tiny.KV_HEADS
     assert 0 < counters.rows_read <= tiny.LAYERS * 16 * tiny.HEADS
 
+    # In a static cache the slots are there, but what is visible counts.
+    for settings in ({}, {"cache_implementation": "static", "max_new_tokens": 60}):
+        santa_hf.reset_stats(model)
+        tiny.use(model, "santa", samples=16, min_context=180)
+        with santa_hf.count_value_rows():
+            generate(model, **settings)
+        counters = santa_hf.stats(model).total
+        steps = settings.get("max_new_tokens", NEW_TOKENS) - 1
+        assert counters.dense + counters.sampled == tiny.LAYERS * steps
+        # The longest row sees 180 keys at its 30th step, counted from one.
+        assert counters.sampled == tiny.LAYERS * max(0, steps - 29)
     santa_hf.reset_stats(model)
     generate(tiny.use(model, "santa", samples=16, min_context=1000))
     counters = santa_hf.stats(model).total

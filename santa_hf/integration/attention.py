@@ -98,12 +98,12 @@ def santa_attention(
             'a paged cache reached attention "santa": continuous batching runs through '
             "`model.generate_batch`, which switches the model by itself"
         )
-    _check_inputs(query, key, value, attention_mask)
     exact = (module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if query.shape[2] != 1:
         _count(module, "multi_token")
         return _exact_attention(*exact)
 
+    _check_inputs(query, key, value, attention_mask)
     config = layer_config(module, santa)
     reason = _why_not_sampled(module, query, key, value, attention_mask, dropout, kwargs)
     if config.estimator == "dense":
@@ -132,7 +132,7 @@ def _check_inputs(
             f"the query is {tuple(query.shape)}, and the cache holds keys {tuple(key.shape)}: batch "
             "and head size must agree; is it the cache of another model or batch?"
         )
-    if isinstance(mask, torch.Tensor) and mask.shape[-1] != key.shape[2]:
+    if isinstance(mask, torch.Tensor) and mask.shape[-1] not in (1, key.shape[2]):
         raise ValueError(
             f"attention_mask must end in the {key.shape[2]} keys of the cache, got {tuple(mask.shape)}"
         )
@@ -383,6 +383,8 @@ def _count_rows(
     """Repeat the draws of a call in the reference and count the value rows they read, over the rows
     of the batch that are `sampled`, bool (B,); None for all."""
     if sampled is not None:
+        if not bool(sampled.any()):
+            return
         query, key = query[sampled], key[sampled]
         mask = None if mask is None else mask.expand(len(sampled), -1, -1, -1)[sampled]
         position = None if position is None else position[sampled]
