@@ -24,6 +24,11 @@ def test_decode_benchmark(tmp_path: Path) -> None:
     assert all(row.ms_p20 <= row.ms_p50 <= row.ms_p80 for row in rows)  # type: ignore[operator]
     assert {row.context for row in rows} == {150, decode.FLOOR_CONTEXT}
     assert (tmp_path / "decode.png").stat().st_size > 1000
+    ms = {row.arm: row.ms_p50 for row in rows}
+    (line,) = decode.summary(rows)
+    assert line.startswith("150 x 2, dynamic: sdpa ")
+    gain = ms["sdpa, dynamic"] / ms["santa S=128, dynamic"]  # type: ignore[operator]
+    assert f"together {gain:.2f}x" in line
 
 
 def test_kernels_are_told_apart() -> None:

@@ -387,6 +387,33 @@ def _report(row: Row) -> None:
     print(line, flush=True)
 
 
+def summary(rows: Sequence[Row]) -> list[str]:
+    """What the figures say, a line each: the gain of the cache and the mask path (dense, without
+    santa and with it), the gain of sampling over that, and the distance to the floors."""
+    lines = []
+    for context, batch in sorted({(r.context, r.batch) for r in rows if r.arm != LAUNCH_FLOOR}):
+        here = [r for r in rows if (r.context, r.batch) == (context, batch)]
+        ms = {r.arm: r.ms_p50 for r in here if r.ms_p50}
+        floor = next((r.floor_ms for r in here if r.floor_ms), None)
+        launch = [r.ms_p50 for r in rows if r.arm == LAUNCH_FLOOR and r.batch == batch]
+        for cache in ("dynamic", "static compiled"):
+            names = [f"{m}, {cache}" for m in ("sdpa", "santa dense", f"santa S={SAMPLES}")]
+            if not all(name in ms for name in names):
+                continue
+            sdpa, dense, sampled = (ms[name] for name in names)
+            line = (
+                f"{context} x {batch}, {cache}: sdpa {sdpa:.1f} ms, {sdpa / dense:.2f}x by cache and "
+                f"mask ({dense:.1f}), {dense / sampled:.2f}x by sampling ({sampled:.1f}), together "
+                f"{sdpa / sampled:.2f}x"
+            )
+            if cache == "dynamic" and launch and launch[0]:
+                line += f"; {sampled / launch[0]:.2f}x a step at {FLOOR_CONTEXT} tokens"
+            elif floor:
+                line += f"; {sampled / floor:.2f}x the floor ({floor:.1f})"
+            lines.append(line)
+    return lines
+
+
 def main(prog: str, argv: Sequence[str]) -> None:
     """Run `python -m eval bench decode`."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0])
@@ -453,6 +480,7 @@ def main(prog: str, argv: Sequence[str]) -> None:
         rows = [r for r in rows if (r.context, r.batch, r.arm) != key] + [row]
         if path:
             _write(rows, path)
+    print(*summary(rows), sep="\n")
     if path and rows:
         _plot(rows, path.with_suffix(".png"))
 
