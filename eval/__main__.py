@@ -9,6 +9,9 @@ from .cli import Command, CommandError, run_command
 
 COMMANDS = {
     "compare": Command("eval.compare", "a run's arms against dense: intervals, tests, verdicts"),
+    "fidelity": Command("eval.fidelity", "a run's arms against dense, token by token on text"),
+    "report": Command("eval.report", "runs as one HTML page and Markdown"),
+    "adapter": Command("eval.adapter", "train the adapter for SmolLM2-135M at 32k tokens"),
     "demo": Command("eval.demo", "RULER on SmolLM2-135M, dense and sampled, in a few minutes"),
     "convert": Command("eval.smollm2", "SmolLM2-135M-Instruct from PyPI as a model directory"),
     "bench": Command("eval.bench", "benchmarks"),

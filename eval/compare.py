@@ -321,7 +321,7 @@ def table(rows: Sequence[Comparison], *, margin: float = MARGIN, confidence: flo
             "same text",
             "value rows",
             "verdict",
-            "docs for 80%",
+            "documents for 80%",
         ]
     ]
     for row in rows:
@@ -369,7 +369,7 @@ def notes(margin: float = MARGIN, confidence: float = 0.95) -> list[str]:
         f"{confidence:.0%} bootstrap interval over documents and seeds.",
         f"verdict: non-inferior if the whole interval lies above -{100 * margin:g} points; none where "
         f"dense scores under {FLOOR:.0%} or not above chance.",
-        "docs for 80%: documents with which an arm equal to dense gets that verdict four times in five.",
+        "documents for 80%: with how many an arm equal to dense gets that verdict four times in five.",
         "lost/gained: documents that dense alone, or the arm alone, answers, for each seed; p: "
         "McNemar's exact test, the smallest over seeds times their number.",
         "same text: documents whose greedy output is dense's. value rows: share of the visible value "
@@ -380,8 +380,6 @@ def notes(margin: float = MARGIN, confidence: float = 0.95) -> list[str]:
 def load(run: Path, allow_unfinished: bool = False) -> tuple[Header, list[Result], list[str]]:
     """A run's header, results, and what is missing, which is an error unless allowed."""
     header, results = load_results(run)
-    if not results:
-        raise CommandError(f"{run}: no result is finished")
     missing = unfinished(header, results)
     if missing and not allow_unfinished:
         raise CommandError(
@@ -409,6 +407,8 @@ def main(prog: str, argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     check_options(arguments)
     header, results, missing = load(arguments.run, arguments.unfinished)
+    if not results:
+        raise CommandError(f"{arguments.run}: no result is finished")
     options = {"margin": arguments.margin / 100, "confidence": arguments.confidence / 100}
     rows = compare(header, results, **options)
     print(table(rows, **options))

@@ -48,6 +48,7 @@ __all__ = [
     "load_header",
     "load_result",
     "load_results",
+    "read_json",
     "result_path",
     "save_header",
     "save_result",
@@ -263,7 +264,7 @@ def load_header(run: str | os.PathLike[str]) -> Header:
         CommandError: no such run, or a file that is not one; the message names the file.
     """
     path = Path(run) / "run.json"
-    header = _load(Header, path)
+    header = read_json(Header, path)
     if header.config_hash != config_hash(header.model, header.settings):
         raise CommandError(f"{path}: config_hash is not that of its model and settings")
     for name, arm in header.arms.items():
@@ -281,7 +282,7 @@ def load_result(path: str | os.PathLike[str], header: Header | None = None) -> R
             wrong.
     """
     path = Path(path)
-    result = _load(Result, path)
+    result = read_json(Result, path)
     _check_result(result, path)
     if header is not None:
         if result.config_hash != header.config_hash:
@@ -374,7 +375,12 @@ def _check_arm(arm: Arm, where: str) -> None:
         raise CommandError(f"{where}: method must be dense, santa or top-k, got {arm.method!r}")
 
 
-def _load(kind: type, path: Path) -> Any:
+def read_json(kind: type, path: Path) -> Any:
+    """A JSON file as an instance of a dataclass: all its fields, none besides.
+
+    Raises:
+        CommandError: no such file, corrupt, or not of that kind; the message names the file.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as error:

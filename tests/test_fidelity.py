@@ -1,0 +1,222 @@
+"""Teacher-forced fidelity: what is measured, against a plain forward pass, and the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eval import fidelity
+from eval.arms import DENSE, use_arm
+from eval.cli import CommandError
+from eval.decode import prefill
+from eval.fidelity import Fidelity, Passage, cut, load_fidelity, main, measure, summarise
+from eval.results import write_json
+from tests import runs, tiny
+
+CONTEXT, FED = 90, 20
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny.build("llama", torch.float64)
+
+
+def passages(count: int) -> list[list[int]]:
+    return [row[0].tolist() for row in tiny.prompts(*[CONTEXT + FED + 1] * count)]
+
+
+def test_dense_is_a_plain_forward_pass(model: Any) -> None:
+    texts = passages(2)
+    (dense,) = measure(model, texts, CONTEXT, [(DENSE, 0)], dense="sdpa")
+    model.set_attn_implementation("sdpa")
+    tokens = torch.tensor(texts)
+    with torch.inference_mode():
+        log_probs = model(tokens).logits.log_softmax(-1)
+    for row, passage in enumerate(dense):
+        assert passage.kl == pytest.approx([0.0] * FED, abs=1e-9)
+        assert passage.agrees == [True] * FED
+        expected = [
+            -log_probs[row, i - 1, tokens[row, i]].item()
+            for i in range(CONTEXT + 1, CONTEXT + FED + 1)
+        ]
+        assert passage.nll == pytest.approx(expected, rel=1e-4)
+    assert dense[0].sha256 != dense[1].sha256
+
+
+def test_divergence_is_that_of_the_distributions(model: Any) -> None:
+    texts = passages(2)
+    top = runs.top_k(3)
+    _, found = measure(model, texts, CONTEXT, [(DENSE, 0), (top, 0)], dense="sdpa")
+    # The same decode steps by hand, one passage at a time.
+    for row, text in enumerate(texts):
+        logits = []
+        for arm in (DENSE, top):
+            use_arm(model, DENSE, 0, "sdpa")
+            cache = prefill(model, text[:CONTEXT])
+            use_arm(model, arm, 0, "sdpa")
+            with torch.inference_mode():
+                steps = [
+                    model(torch.tensor([[token]]), past_key_values=cache).logits[:, -1]
+                    for token in text[CONTEXT:-1]
+                ]
+            logits.append(torch.cat(steps).log_softmax(-1))
+        p, q = logits
+        kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        assert found[row].kl == pytest.approx(kl.tolist(), rel=1e-3, abs=1e-6)
+        assert found[row].agrees == (p.argmax(-1) == q.argmax(-1)).tolist()
+    assert np.mean(found[0].kl) > 0.01
+    assert not all(found[0].agrees)
+
+
+def test_more_samples_diverge_less_and_seeds_differ(model: Any) -> None:
+    arms = [(runs.santa(s), seed) for s in (2, 512) for seed in (0, 1)]
+    found = measure(model, passages(1), CONTEXT, arms, dense="sdpa")
+    few, again, many, _ = (np.mean(arm[0].kl) for arm in found)
+    assert few > 5 * many > 0
+    assert few != again
+    repeated = measure(model, passages(1), CONTEXT, arms[:1], dense="sdpa")
+    assert repeated == found[:1]
+
+
+def test_passages_are_spread_and_measured_parts_do_not_overlap() -> None:
+    found = cut(range(1000), 300, 50, 5)
+    assert [len(passage) for passage in found] == [350] * 5
+    assert found[0][0] == 0
+    assert found[-1][-1] == 999
+    measured = [token for passage in found for token in passage[300:]]
+    assert len(set(measured)) == len(measured)
+    with pytest.raises(CommandError, match=r"500 tokens; 5 passages of 300 .* need 550"):
+        cut(range(500), 300, 50, 5)
+
+
+# Files and their summary
+
+
+def made(arm: Any, seed: int, kl: float, hash_: str = "h") -> Fidelity:
+    rng = np.random.default_rng(seed)
+    texts = [
+        Passage(
+            f"{hash_}{i}",
+            (kl * rng.exponential(size=128)).tolist(),
+            (rng.random(128) >= kl).tolist(),
+            [2.0 + kl] * 128,
+        )
+        for i in range(3)
+    ]
+    config_hash = runs.header([]).config_hash
+    return Fidelity(1, arm, seed, config_hash, "some text", 4096, texts)
+
+
+S8 = runs.santa(8)
+
+
+def test_summary_holds_means_and_their_intervals() -> None:
+    results = [made(DENSE, 0, 0.0), *(made(S8, seed, 0.1) for seed in (0, 1, 2))]
+    (summary,) = summarise(results)
+    every = [k for r in results[1:] for p in r.passages for k in p.kl]
+    assert (summary.arm, summary.seeds, summary.tokens) == ("santa-8", [0, 1, 2], 384)
+    assert summary.kl.value == pytest.approx(np.mean(every))
+    assert summary.kl.low < 0.1 < summary.kl.high
+    # Exponential and independent: standard error = mean / sqrt(tokens), whatever the blocks.
+    assert summary.kl.standard_error == pytest.approx(0.1 / np.sqrt(3 * 384), rel=0.5)
+    assert summary.agreement.low < 0.9 < summary.agreement.high
+    assert summary.perplexity == pytest.approx(np.exp(2.1))
+    assert summary.dense_perplexity == pytest.approx(np.exp(2.0))
+
+
+def test_tokens_that_follow_one_another_are_resampled_together() -> None:
+    # Runs of 32 equal values carry 1/32 of the information that as many independent ones would.
+    result = made(S8, 0, 0.1)
+    steps = [dataclasses.replace(p, kl=np.repeat(p.kl[::32], 32).tolist()) for p in result.passages]
+    (summary,) = summarise([made(DENSE, 0, 0.0), dataclasses.replace(result, passages=steps)])
+    values = np.array([p.kl for p in steps])[:, ::32]
+    assert summary.kl.standard_error == pytest.approx(values.std() / np.sqrt(12), rel=0.1)
+
+
+def test_summary_needs_dense_on_the_same_passages() -> None:
+    assert summarise([]) == []
+    with pytest.raises(CommandError, match="no result of dense"):
+        summarise([made(S8, 0, 0.1)])
+    with pytest.raises(CommandError, match="not on the passages of dense"):
+        summarise([made(DENSE, 0, 0.0), made(S8, 0, 0.1, "other")])
+
+
+def test_files_are_checked_against_the_run(tmp_path: Path) -> None:
+    header = runs.header([S8])
+    for result in (made(S8, 1, 0.1), made(S8, 0, 0.1), made(DENSE, 0, 0.0)):
+        write_json(fidelity._path(tmp_path, result), dataclasses.asdict(result))
+    found = load_fidelity(tmp_path, header)
+    assert [(r.arm.name, r.seed) for r in found] == [("dense", 0), ("santa-8", 0), ("santa-8", 1)]
+    path = tmp_path / "fidelity/santa-8-seed-1.json"
+    good = json.loads(path.read_text())
+    for change, message in [
+        ({"seed": 2}, "not that of run.json"),
+        ({"config_hash": "other"}, "another configuration"),
+        ({"format": 9}, "format 9"),
+        ({"extra": 1}, "'extra' is not a field"),
+    ]:
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(CommandError, match=message) as raised:
+            load_fidelity(tmp_path, header)
+        assert "santa-8-seed-1.json" in str(raised.value)
+
+
+@pytest.mark.model
+def test_the_command_measures_the_arms_of_a_run(
+    smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from eval import results
+
+    run = tmp_path / "run"
+    model = {"name": str(smollm2), "revision": None, "adapter": None, "dtype": "float32"}
+    header = dataclasses.replace(
+        runs.header([S8], seeds=[0, 1]),
+        model=model,
+        config_hash=results.config_hash(model, runs.SETTINGS),
+    )
+    results.save_header(run, header)
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "The river runs to the sea, and the sea gives the rain back to the hills. " * 12
+    )
+    arguments = [str(run), "--text", str(text), "--context", "100", "--tokens", "6"]
+    arguments += ["--passages", "2", "--quiet", "--device", "cpu"]
+    main("fidelity", arguments)
+    printed = capsys.readouterr().out
+    assert "santa-8" in printed
+    assert "perplexity of dense" in printed
+    found = load_fidelity(run, header)
+    assert [(r.arm.name, r.seed) for r in found] == [("dense", 0), ("santa-8", 0), ("santa-8", 1)]
+    assert [len(passage.kl) for passage in found[1].passages] == [6, 6]
+    assert max(found[0].passages[0].kl) < 1e-6 < min(found[1].passages[0].kl)
+    # Nothing is left to do, and the files are refused for another text.
+    before = [path.stat().st_mtime_ns for path in sorted((run / "fidelity").iterdir())]
+    main("fidelity", arguments)
+    assert before == [path.stat().st_mtime_ns for path in sorted((run / "fidelity").iterdir())]
+    with pytest.raises(CommandError, match=r"measured on text\.txt, sha256 .* after 100 tokens"):
+        main("fidelity", [*arguments, "--context", "50"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "--tokens must be at least 1"),
+        (["--text", "nowhere.txt"], r"nowhere\.txt"),
+    ],
+)
+def test_bad_arguments_are_named_before_a_model_is_loaded(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    from eval import results
+
+    results.save_header(tmp_path, runs.header([S8]))
+    with pytest.raises(CommandError, match=message):
+        main("fidelity", [str(tmp_path), *arguments])
+    with pytest.raises(CommandError, match=r"run\.json"):
+        main("fidelity", [str(tmp_path / "none")])
