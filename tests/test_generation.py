@@ -8,9 +8,14 @@ import pytest
 import tiny
 import torch
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sdpa_mask,
+)
 
 import santa_hf
+from santa_hf.integration.attention import santa_mask
 
 NEW_TOKENS = 6
 DECODE_STEPS = NEW_TOKENS - 1  # the first token comes out of the prefill
@@ -129,6 +134,26 @@ def test_rows_with_little_context_are_dense() -> None:
     generate(tiny.use(model, "santa", samples=16, min_context=1000))
     counters = santa_hf.stats(model).total
     assert (counters.sampled, counters.dense) == (0, tiny.LAYERS * DECODE_STEPS)
+
+
+@pytest.mark.parametrize("padding", [None, 20, 33, 64])
+def test_the_mask_of_a_static_step_is_that_of_sdpa(padding: int | None) -> None:
+    attention_mask = None
+    if padding is not None:
+        attention_mask = torch.ones(3, padding, dtype=torch.bool)
+        attention_mask[1, :7] = attention_mask[2, :19] = False
+    for position in (0, 19, 32, 63):
+        step = {
+            "batch_size": 3,
+            "q_length": 1,
+            "kv_length": 64,
+            "q_offset": torch.tensor(position),
+            "kv_offset": 0,
+            "mask_function": causal_mask_function,
+            "attention_mask": attention_mask,
+            "allow_is_causal_skip": False,
+        }
+        assert torch.equal(santa_mask(**step), sdpa_mask(**step))
 
 
 def test_speculation_is_dense_and_silent() -> None:

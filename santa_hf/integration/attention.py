@@ -14,6 +14,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.nn.functional import pad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -30,8 +31,8 @@ def santa_mask(
     *,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,  # a tensor with a static cache
-    kv_offset: int = 0,  # likewise in a sliding layer
+    q_offset: Any = 0,  # int, or an integer tensor () with a static cache
+    kv_offset: Any = 0,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
@@ -44,22 +45,27 @@ def santa_mask(
         ValueError: the mask is longer than a dynamic cache, or this step is beyond the end of a static
             one. (On a GPU its length is known to the device alone, which stops at a check of its own.)
     """
-    if isinstance(kv_offset, int) and not torch.compiler.is_compiling():
+    full = kwargs.get("mask_function") is causal_mask_function
+    two_dimensional = attention_mask is None or attention_mask.ndim == 2
+    known = isinstance(q_offset, int) or q_offset.device.type == "cpu"
+    if known and isinstance(kv_offset, int) and not torch.compiler.is_compiling():
         room, stop = kv_length + kv_offset, q_offset + q_length
-        if (isinstance(stop, int) or stop.device.type == "cpu") and stop > room:
+        if stop > room:
             raise ValueError(
                 f"position {stop - 1} is beyond the end of the cache: it has room for "
                 f"max_cache_len={room} tokens"
             )
         # A static cache may come with a mask for all that it will ever hold; so may a sliding layer
         # of one, which does not tell itself from a dynamic one.
-        full = kwargs.get("mask_function") is causal_mask_function and isinstance(stop, int)
-        if full and attention_mask is not None and attention_mask.ndim == 2:
+        if full and isinstance(stop, int) and attention_mask is not None and two_dimensional:
             covered = attention_mask.shape[-1]
             if covered > room:
                 raise ValueError(
                     f"attention_mask covers {covered} tokens, and the cache with this step {room}"
                 )
+    static = isinstance(q_offset, torch.Tensor) and isinstance(kv_offset, int) and kv_offset == 0
+    if full and static and two_dimensional and q_length == 1:
+        return _static_row(kwargs["batch_size"], kv_length, q_offset, attention_mask)
     return sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,
@@ -68,6 +74,21 @@ def santa_mask(
         attention_mask=attention_mask,
         **kwargs,
     )
+
+
+def _static_row(
+    batch: int, length: int, position: torch.Tensor, padding: torch.Tensor | None
+) -> torch.Tensor:
+    """The mask of one step on a full layer of a static cache, bool (batch, 1, 1, length).
+
+    SDPA's function launches a dozen small kernels for it, which the GPU waits for before it can replay
+    the graph of the step.
+    """
+    visible = (torch.arange(length, device=position.device) <= position)[None]
+    if padding is not None:
+        covered = padding[:, :length].to(visible.device, torch.bool)
+        visible = visible & pad(covered, (0, length - covered.shape[1]))
+    return visible[:, None, None].expand(batch, 1, 1, length)
 
 
 def santa_attention(
