@@ -105,10 +105,10 @@ def fused_kernel(
             return
     first = 0 * N
     last = N - 1
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if HAS_MASK:
         p_mask += i_b * stride_mb
-        if PDL:
-            tl.extra.cuda.gdc_wait()
         first = tl.load(p_span + 2 * i_b)
         if SAMPLED:
             last = tl.load(p_span + 2 * i_b + 1)

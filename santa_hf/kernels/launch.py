@@ -33,6 +33,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Choices measured on an H100, see eval/bench/results/kernels.md. None of them changes a draw.
 MIN_GROUP = 4  # rows that a group of query heads is padded to
 SCORE_WARPS = 8
+PART = 16  # keys of a tile that a draw passes at a time
 BLOCK_T = 256  # tiles whose masses a program of pass 2 holds at a time: 32k keys
 SPLIT_WAVES = 1  # programs a multiprocessor that the splits of one row aim at
 FLASH_WARPS = 4
@@ -90,7 +91,7 @@ def scores(
     total = torch.empty(rows, dtype=torch.int32, device=device)
     done = torch.empty(batch, heads, dtype=torch.int32, device=device)
     scale, cap = _exponent_scale(scaling, softcap)
-    pdl = mask is not None and _dependent_launch(device)
+    pdl = _dependent_launch(device)
     with _device(query):
         scores_kernel[(n_tiles, kv_heads, batch)](
             query, key, mask, span, _bytes(exact), stash, top, total, done, scale, cap, length,
@@ -150,6 +151,7 @@ def prop(
     if chunks > 1:
         partial = out.new_empty(batch * heads * chunks * value_dim, dtype=torch.float32)
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
+    pdl = _dependent_launch(query.device)
     with _device(query):
         sample_kernel[(chunks, heads, batch)](
             value, span, _bytes(exact), _contiguous(sinks), row_seed, _per_row(position, batch),
@@ -170,12 +172,15 @@ def prop(
             TILE_OFFSET=int(Stream.TILE),
             SAMPLE=int(Stream.SAMPLE),
             TILE=TILE,
+            PART=PART,
             ALIGN=_alignment(value),
             BLOCK_S=block_s,
             BLOCK_T=BLOCK_T,
             LOG2_BLOCK_T=BLOCK_T.bit_length() - 1,
             BLOCK_DV=_block_of(value_dim),
             num_warps=warps,
+            PDL=pdl,
+            **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     if exact is not None:
         _one_pass(
@@ -284,7 +289,7 @@ def _one_pass(
             VALUE_BLOCKS=value_blocks,
             PDL=pdl,
             **options,
-            **({"launch_pdl": True} if pdl and mask is not None else {}),
+            **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
         combine_kernel[(value_blocks, heads, batch)](
             partial, top, mass, _bytes(only), _contiguous(sinks), out, splits,

@@ -64,6 +64,11 @@ def scores_kernel(
     i_head = i_b * (tl.num_programs(1) * G) + i_kv * G  # of the group's first head
     in_g = o_g < G
     o_tile = (i_head + o_g) * n_tiles + i_tile
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if HAS_EXACT:
+        if tl.load(p_exact + i_b) != 0:
+            return
     if i_tile == 0:
         tl.store(p_done + i_head + o_g, tl.zeros([BLOCK_G], tl.int32), mask=in_g)
 
@@ -71,12 +76,6 @@ def scores_kernel(
     visible = o_t < N - start
     if HAS_MASK:
         p_mask += i_b * stride_mb
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-    if HAS_EXACT:
-        if tl.load(p_exact + i_b) != 0:
-            return
-    if HAS_MASK:
         start += tl.load(p_span + 2 * i_b)
         visible = o_t < N - start
         o_mask = (start + o_t).to(tl.int64) * STRIDE_MN
