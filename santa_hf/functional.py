@@ -156,7 +156,7 @@ def _implementation(
     else:
         from .kernels import launch
 
-        reason = launch.why_not(query, key, value, kernel)
+        reason = launch.why_not(query, key, value)
         if reason is None:
             return launch.fused if kernel == "flash" or estimator == "dense" else launch.prop
     if kernel != "auto":

@@ -2,7 +2,7 @@
 
 Workspaces come from PyTorch's caching allocator at every call, so that layers and steps reuse the same
 blocks, CUDA graphs keep them in their own pool, and streams and devices never share one. In bytes, with
-T = ceil(N / 128) tiles and C chunks of 32 draws (of 64 with more than 128 samples):
+T = ceil(N / 128) tiles and C chunks of 16 draws (of 32 with more than 128 samples):
 
     prop          B H (264 T + 4 Dv C + 4)    264 T = about 2 bytes a key and query head
     dense, flash  B H (4 Dv + 8) splits       splits <= 2 * multiprocessors
@@ -17,7 +17,8 @@ import triton
 from ..reference import FIXED_TILE, TILE
 from ..rng import Stream
 from .common import LOG2E, span_kernel
-from .fused import combine_kernel, fused_kernel
+from .dense import combine_kernel, dense_kernel
+from .flash import flash_kernel
 from .sample import sample_kernel
 from .scores import scores_kernel
 
@@ -27,25 +28,21 @@ __all__ = ["fused", "prop", "scores", "why_not"]
 MAX_LENGTH = 2**23 - 1
 MAX_DIM = 1024
 MAX_GROUP = 128
-MAX_GROUP_FLASH = 64  # more heads times a tile of 256 keys do not fit
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Choices measured on an H100, see eval/bench/results/kernels.md. None of them changes a draw.
 MIN_GROUP = 4  # rows that a group of query heads is padded to
 SCORE_WARPS = 8
 PART = 16  # keys of a tile that a draw passes at a time
-BLOCK_T = 256  # tiles whose masses a program of pass 2 holds at a time: 32k keys
 SPLIT_WAVES = 1  # programs a multiprocessor that the splits of one row aim at
 FLASH_WARPS = 4
-FLASH_STAGES = 1
+FLASH_GROUP = 16  # query heads of a program at most
 DENSE_TILE = 128
 DENSE_STAGES = 2
 DENSE_WARPS = 8
 
 
-def why_not(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: str = "prop"
-) -> str | None:
+def why_not(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
     """Why the Triton kernels cannot run on these tensors, in the words of an error; None if they can."""
     if query.device.type != "cuda" and not _INTERPRETED:
         return f"Triton kernels need a CUDA device, and query is on {query.device}"
@@ -55,9 +52,8 @@ def why_not(
         return "Triton kernels compute in float32, and query is float64"
     if max(query.shape[-1], value.shape[-1]) > MAX_DIM:
         return f"Triton kernels take head dimensions up to {MAX_DIM}"
-    group = MAX_GROUP_FLASH if kernel == "flash" else MAX_GROUP
-    if query.shape[1] > group * key.shape[1]:
-        return f"this Triton kernel takes up to {group} query heads per KV head"
+    if query.shape[1] > MAX_GROUP * key.shape[1]:
+        return f"Triton kernels take up to {MAX_GROUP} query heads per KV head"
     if key.shape[2] > MAX_LENGTH:
         return f"Triton kernels take up to {MAX_LENGTH} keys"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
@@ -91,7 +87,6 @@ def scores(
     total = torch.empty(rows, dtype=torch.int32, device=device)
     done = torch.empty(batch, heads, dtype=torch.int32, device=device)
     scale, cap = _exponent_scale(scaling, softcap)
-    pdl = _dependent_launch(device)
     with _device(query):
         scores_kernel[(n_tiles, kv_heads, batch)](
             query, key, mask, span, _bytes(exact), stash, top, total, done, scale, cap, length,
@@ -110,8 +105,7 @@ def scores(
             BLOCK_D=_block_of(dim),
             num_warps=SCORE_WARPS,
             num_stages=1,
-            PDL=pdl,
-            **({"launch_pdl": True} if pdl else {}),
+            **_dependent(device),
         )  # fmt: skip
     return stash, top, total, done
 
@@ -145,13 +139,12 @@ def prop(
         query, key, scaling=scaling, mask=mask, span=span, exact=exact, softcap=softcap
     )
     out = query.new_empty(batch, heads, 1, value_dim)
-    block_s, warps = _block_of_samples(samples)
-    chunks = triton.cdiv(samples, block_s)
+    blocks = _sample_blocks(samples, top.shape[2])
+    chunks = triton.cdiv(samples, blocks["BLOCK_S"])
     partial = out
     if chunks > 1:
         partial = out.new_empty(batch * heads * chunks * value_dim, dtype=torch.float32)
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
-    pdl = _dependent_launch(query.device)
     with _device(query):
         sample_kernel[(chunks, heads, batch)](
             value, span, _bytes(exact), _contiguous(sinks), row_seed, _per_row(position, batch),
@@ -174,18 +167,14 @@ def prop(
             TILE=TILE,
             PART=PART,
             ALIGN=_alignment(value),
-            BLOCK_S=block_s,
-            BLOCK_T=BLOCK_T,
-            LOG2_BLOCK_T=BLOCK_T.bit_length() - 1,
             BLOCK_DV=_block_of(value_dim),
-            num_warps=warps,
-            PDL=pdl,
-            **({"launch_pdl": True} if pdl else {}),
+            **blocks,
+            **_dependent(query.device),
         )  # fmt: skip
     if exact is not None:
-        _one_pass(
-            query, key, value, out, mask, span, samples=1, estimator="dense", scaling=scaling,
-            seed=0, layer=0, position=None, head_offset=0, softcap=softcap, sinks=sinks, only=exact,
+        _dense(
+            query, key, value, out, mask, span, scaling=scaling, softcap=softcap, sinks=sinks,
+            only=exact,
         )  # fmt: skip
     return out
 
@@ -211,19 +200,76 @@ def fused(
     batch, heads = query.shape[:2]
     out = query.new_empty(batch, heads, 1, value.shape[-1])
     mask, span = _visible(mask, batch, estimator != "dense")
-    passes: list[tuple[str, torch.Tensor | None]] = [(estimator, None)]
-    if exact is not None and estimator != "dense":
-        passes = [(estimator, ~exact), ("dense", exact)]
-    for each, only in passes:
-        _one_pass(
-            query, key, value, out, mask, span, samples=samples, estimator=each, scaling=scaling,
-            seed=seed, layer=layer, position=position, head_offset=head_offset, softcap=softcap,
-            sinks=sinks, only=only,
+    if estimator == "dense":
+        exact = None
+    else:
+        _flash(
+            query, key, value, out, mask, span, samples=samples, estimator=estimator,
+            scaling=scaling, seed=seed, layer=layer, position=position, head_offset=head_offset,
+            softcap=softcap, sinks=sinks, only=None if exact is None else ~exact,
+        )  # fmt: skip
+    if estimator == "dense" or exact is not None:
+        _dense(
+            query, key, value, out, mask, span, scaling=scaling, softcap=softcap, sinks=sinks,
+            only=exact,
         )  # fmt: skip
     return out
 
 
-def _one_pass(
+def _dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    mask: torch.Tensor | None,
+    span: torch.Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    only: torch.Tensor | None,
+) -> None:
+    """Exact attention for the rows of `out` that `only`, bool (B,), names; None for all."""
+    batch, heads, _, dim = query.shape
+    kv_heads, length, value_dim = key.shape[1], key.shape[2], value.shape[-1]
+    block_g = _block_of_group(heads // kv_heads)
+    block_d, block_dv = _one_pass_blocks(query, value_dim, block_g)
+    tile_bytes = DENSE_TILE * (dim + block_dv) * query.element_size()
+    value_blocks = triton.cdiv(value_dim, block_dv)
+    split_tiles = _split_tiles(length, DENSE_TILE, kv_heads * value_blocks, query.device)
+    splits = triton.cdiv(triton.cdiv(length, DENSE_TILE), split_tiles)
+    partial, top, mass = _partials(out, splits)
+    scale, cap = _exponent_scale(scaling, softcap)
+    with _device(query):
+        dense_kernel[(splits * value_blocks, kv_heads, batch)](
+            query, key, value, mask, span, _bytes(only), partial, top, mass, scale, cap, length,
+            split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
+            value.stride(0), value.stride(1), _mask_stride(mask, 0),
+            STRIDE_KN=key.stride(2),
+            STRIDE_VN=value.stride(2),
+            STRIDE_MN=_mask_stride(mask, 1),
+            G=heads // kv_heads,
+            D=dim,
+            DV=value_dim,
+            HAS_MASK=mask is not None,
+            HAS_ONLY=only is not None,
+            HAS_SOFTCAP=softcap is not None,
+            TILE=DENSE_TILE,
+            ALIGN_Q=_alignment(query),
+            ALIGN_K=_alignment(key),
+            ALIGN_V=_alignment(value),
+            BLOCK_G=block_g,
+            BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
+            VALUE_BLOCKS=value_blocks,
+            num_warps=DENSE_WARPS,
+            num_stages=_stages(DENSE_STAGES, tile_bytes, query.device),
+            **_dependent(query.device),
+        )  # fmt: skip
+    _combine(partial, top, mass, out, splits, sinks, only)
+
+
+def _flash(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -242,33 +288,30 @@ def _one_pass(
     sinks: torch.Tensor | None,
     only: torch.Tensor | None,
 ) -> None:
-    """Write the rows of `out` that `only`, bool (B,), names; None for all. See `fused_kernel`."""
+    """A fixed budget per tile for the rows of `out` that `only`, bool (B,), names; None for all."""
     batch, heads, _, dim = query.shape
     kv_heads, length, value_dim = key.shape[1], key.shape[2], value.shape[-1]
-    tile = DENSE_TILE if estimator == "dense" else FIXED_TILE
+    group = heads // kv_heads
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
-    pdl = _dependent_launch(query.device)
-    block_g = _block_of_group(heads // kv_heads)
-    block_d, block_dv, options = _fused_blocks(query, value_dim, estimator, block_g)
-    value_blocks = triton.cdiv(value_dim, block_dv)
-    split_tiles = _split_tiles(length, tile, kv_heads * value_blocks, query.device)
-    splits = triton.cdiv(triton.cdiv(length, tile), split_tiles)
-    rows = batch * heads * splits
-    partial = torch.empty(rows * value_dim, dtype=torch.float32, device=query.device)
-    top = torch.empty(rows, dtype=torch.float32, device=query.device)
-    mass = torch.empty(rows, dtype=torch.float32, device=query.device)
+    block_g = min(_block_of_group(group), FLASH_GROUP)
+    block_d, block_dv = _one_pass_blocks(query, value_dim, block_g)
+    value_blocks, group_blocks = triton.cdiv(value_dim, block_dv), triton.cdiv(group, block_g)
+    split_tiles = _split_tiles(
+        length, FIXED_TILE, kv_heads * value_blocks * group_blocks, query.device
+    )
+    splits = triton.cdiv(triton.cdiv(length, FIXED_TILE), split_tiles)
+    partial, top, mass = _partials(out, splits)
     scale, cap = _exponent_scale(scaling, softcap)
     with _device(query):
-        fused_kernel[(splits * value_blocks, kv_heads, batch)](
+        flash_kernel[(splits * value_blocks * group_blocks, kv_heads, batch)](
             query, key, value, mask, span, _bytes(only), row_seed, _per_row(position, batch),
-            partial, top, mass, scale, cap,
-            seed, layer, head_offset, samples, length,
+            partial, top, mass, scale, cap, seed, layer, head_offset, samples, length,
             split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
             value.stride(0), value.stride(1), _mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
             STRIDE_VN=value.stride(2),
             STRIDE_MN=_mask_stride(mask, 1),
-            G=heads // kv_heads,
+            G=group,
             D=dim,
             DV=value_dim,
             HAS_MASK=mask is not None,
@@ -279,7 +322,7 @@ def _one_pass(
             ESTIMATOR=estimator,
             FIXED_TILE=int(Stream.FIXED_TILE),
             FIXED_SAMPLE=int(Stream.FIXED_SAMPLE),
-            TILE=tile,
+            TILE=FIXED_TILE,
             ALIGN_Q=_alignment(query),
             ALIGN_K=_alignment(key),
             ALIGN_V=_alignment(value),
@@ -287,19 +330,42 @@ def _one_pass(
             BLOCK_D=block_d,
             BLOCK_DV=block_dv,
             VALUE_BLOCKS=value_blocks,
-            PDL=pdl,
-            **options,
-            **({"launch_pdl": True} if pdl else {}),
+            GROUP_BLOCKS=group_blocks,
+            num_warps=FLASH_WARPS,
+            num_stages=1,
+            **_dependent(query.device),
         )  # fmt: skip
-        combine_kernel[(value_blocks, heads, batch)](
+    _combine(partial, top, mass, out, splits, sinks, only)
+
+
+def _partials(out: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unnormalised outputs (B, H, splits, Dv), their maxima and their masses (B, H, splits)."""
+    batch, heads, _, value_dim = out.shape
+    partial = torch.empty(batch, heads, splits, value_dim, dtype=torch.float32, device=out.device)
+    top = torch.empty(batch, heads, splits, dtype=torch.float32, device=out.device)
+    return partial, top, torch.empty_like(top)
+
+
+def _combine(
+    partial: torch.Tensor,
+    top: torch.Tensor,
+    mass: torch.Tensor,
+    out: torch.Tensor,
+    splits: int,
+    sinks: torch.Tensor | None,
+    only: torch.Tensor | None,
+) -> None:
+    batch, heads, _, value_dim = out.shape
+    block_dv = min(triton.next_power_of_2(value_dim), 256)
+    with _device(out):
+        combine_kernel[(triton.cdiv(value_dim, block_dv), heads, batch)](
             partial, top, mass, _bytes(only), _contiguous(sinks), out, splits,
             DV=value_dim,
             HAS_ONLY=only is not None,
             HAS_SINKS=sinks is not None,
             BLOCK_DV=block_dv,
-            PDL=pdl,
             num_warps=2,
-            **({"launch_pdl": True} if pdl else {}),
+            **_dependent(out.device),
         )  # fmt: skip
 
 
@@ -308,20 +374,12 @@ def _stages(wanted: int, tile_bytes: int, device: torch.device) -> int:
     return max(1, min(wanted, _shared_memory(device) // tile_bytes))
 
 
-def _fused_blocks(
-    query: torch.Tensor, value_dim: int, estimator: str, block_g: int
-) -> tuple[int, int, dict[str, int]]:
-    """Columns of K and V handled at a time, and launch options, such that tiles fit in memory."""
+def _one_pass_blocks(query: torch.Tensor, value_dim: int, block_g: int) -> tuple[int, int]:
+    """Columns of K and V handled at a time, such that tiles fit in memory."""
     wide = query.dtype == torch.float32
     block_d = min(_block_of(query.shape[-1]), 32 if wide else 128)
     block_dv = min(triton.next_power_of_2(value_dim), 64 if wide else 256, 4096 // block_g)
-    block_dv = max(block_dv, 16)
-    if estimator != "dense":
-        warps = FLASH_WARPS if block_g <= 16 else 8
-        return block_d, block_dv, {"num_warps": warps, "num_stages": FLASH_STAGES}
-    tile_bytes = DENSE_TILE * (query.shape[-1] + block_dv) * query.element_size()
-    stages = _stages(DENSE_STAGES, tile_bytes, query.device)
-    return block_d, block_dv, {"num_warps": DENSE_WARPS, "num_stages": stages}
+    return block_d, max(block_dv, 16)
 
 
 def _split_tiles(length: int, tile: int, programs: int, device: torch.device) -> int:
@@ -351,9 +409,12 @@ def _shared_memory(device: torch.device) -> int:
 
 
 @cache
-def _dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may start before the one it depends on has ended (Hopper and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _dependent(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that may be launched before the one it depends on has ended (Hopper and
+    later): it waits on the device before it reads anything."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
 
 
 def _device(tensor: torch.Tensor) -> "torch.cuda.device":
@@ -366,10 +427,21 @@ def _block_of_group(group: int) -> int:
     return max(MIN_GROUP, triton.next_power_of_2(group))
 
 
-def _block_of_samples(samples: int) -> tuple[int, int]:
-    """Draws and warps of a program of pass 2: by the budget alone, so that a row is summed alike in
-    any batch. Few draws want many short programs, many draws want throughput."""
-    return (32, 4) if samples <= 128 else (64, 2)
+def _sample_blocks(samples: int, n_tiles: int) -> dict[str, int]:
+    """Draws of a program of pass 2, chunks merged and tiles walked at a time: by the budget and the
+    bucket of N alone, so that a row is summed alike in any batch.
+
+    One warp needs no barrier between its steps, which wait for each other.
+    """
+    few = samples <= 128
+    block_t = 64 if n_tiles <= 64 else 256
+    return {
+        "BLOCK_S": 16 if few else 32,
+        "BLOCK_C": 16,
+        "BLOCK_T": block_t,
+        "LOG2_BLOCK_T": block_t.bit_length() - 1,
+        "num_warps": 1,
+    }
 
 
 def _block_of(dim: int) -> int:
@@ -409,7 +481,7 @@ def _visible(
             STRIDE_MN=rows.stride(1),
             HAS_LAST=has_last,
             BLOCK=4096,
-            PDL=_dependent_launch(mask.device),
+            PDL=_dependent(mask.device)["PDL"],
             num_warps=16,
         )  # fmt: skip
     return rows, span

@@ -116,6 +116,7 @@ def sample_kernel(
     BLOCK_T: tl.constexpr,
     LOG2_BLOCK_T: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # chunks that the merge reads at a time
     PDL: tl.constexpr,
 ):
     """Draws of one chunk and head, and the sum of their value rows; grid (chunks, H, B)."""
@@ -250,11 +251,11 @@ def sample_kernel(
         tl.debug_barrier()
         if tl.atomic_add(p_done + i_row, 1, sem="acq_rel") == chunks - 1:
             p_partial += i_row * chunks * DV
-            o_c = tl.arange(0, 16)
+            o_c = tl.arange(0, BLOCK_C)
             for d in tl.static_range(0, DV, BLOCK_DV):
                 in_d = d + o_d < DV
                 b_out = tl.zeros([BLOCK_DV], tl.float32)
-                for c in range(0, chunks, 16):
+                for c in range(0, chunks, BLOCK_C):
                     b_part = tl.load(
                         p_partial + (c + o_c)[:, None] * DV + (d + o_d)[None, :],
                         mask=(c + o_c < chunks)[:, None] & in_d[None, :],

@@ -1,13 +1,7 @@
-"""One pass over K and V: exact attention, and a fixed budget of draws in every tile (S2ANTA-flash).
+"""Exact attention in one pass over K and V (flash decoding), and the merge of its splits.
 
-Both are split along the keys: a program walks its tiles with a running maximum and leaves an
-unnormalised (output, maximum, mass), and `combine_kernel` merges the splits in order. A sampled tile
-replaces its weights by integer draw counts, which are non-zero on few rows, and loads only those rows:
-
-    o = sum_t mass_t / n_t * counts_t V_t  /  sum_t mass_t,      E[counts_t,i] = n_t w_i / sum_j w_j
-
-Weights of a tile are rounded to multiples of 2**-23 of its largest, and mass_t is the sum of the
-*rounded* weights, an exact uint32: the draws are exactly unbiased for the rounded softmax.
+The keys are split: a program walks its tiles with a running maximum and leaves an unnormalised
+(output, maximum, mass), and `combine_kernel` merges the splits of a head, always in the same order.
 """
 
 # ruff: noqa: N803, SIM102, SIM108 (constants of a kernel are capitals, and a condition on one stands
@@ -17,45 +11,27 @@ Weights of a tile are rounded to multiples of 2**-23 of its largest, and mass_t 
 import triton
 import triton.language as tl
 
-from .common import log2_weights, uniform, weight_units
-
-
-@triton.jit
-def _points_below(units, rate, offset):
-    """How many of offset, 1 + offset, ... lie below units * rate, for 0 <= units < 2**32.
-
-    round(x + 1/2 - offset), with integers read from and written to the mantissa of a float64: the
-    conversion instructions are 4 times slower than the additions.
-    """
-    x = (units.to(tl.int64) | 0x4330000000000000).to(tl.float64, bitcast=True) - 4503599627370496.0
-    x = x * rate + (0.5 - offset)
-    return (x + 6755399441055744.0).to(tl.int64, bitcast=True).to(tl.int32)
+from .common import log2_weights
 
 
 @triton.jit(
     do_not_specialize=[
-        "seed", "layer", "head_offset", "samples", "N", "split_tiles",
+        "N", "split_tiles",
         "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_mb",
     ]
 )  # fmt: skip
-def fused_kernel(
+def dense_kernel(
     p_query,  # (B, KVH * G, 1, D)
     p_key,  # (B, KVH, N, D)
     p_value,  # (B, KVH, N, DV)
     p_mask,  # (B, N) uint8
     p_span,  # (B, 2) int32, of `span_kernel`
     p_only,  # (B,) uint8, zero for rows that are left alone
-    p_seed,  # (B,) int64
-    p_position,  # (B,) int64
     p_partial,  # (B, KVH * G, splits, DV) float32
     p_top,  # (B, KVH * G, splits) float32
     p_mass,  # (B, KVH * G, splits) float32
     scale: tl.float32,
     softcap: tl.float32,
-    seed: tl.int64,
-    layer: tl.int64,
-    head_offset: tl.int64,
-    samples: tl.int32,
     N: tl.int32,
     split_tiles: tl.int32,
     stride_qb: tl.int64,
@@ -74,11 +50,6 @@ def fused_kernel(
     HAS_MASK: tl.constexpr,
     HAS_ONLY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_SEED: tl.constexpr,
-    HAS_POSITION: tl.constexpr,
-    ESTIMATOR: tl.constexpr,
-    FIXED_TILE: tl.constexpr,  # the streams of the counter RNG
-    FIXED_SAMPLE: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN_Q: tl.constexpr,
     ALIGN_K: tl.constexpr,
@@ -95,33 +66,19 @@ def fused_kernel(
     splits = tl.num_programs(0) // VALUE_BLOCKS
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    SAMPLED: tl.constexpr = ESTIMATOR != "dense"
     o_t, o_g, o_d = tl.arange(0, TILE), tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     o_dv = i_dv * BLOCK_DV + tl.arange(0, BLOCK_DV)
     i_head = i_b * (tl.num_programs(1) * G) + i_kv * G
 
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if HAS_ONLY:
         if tl.load(p_only + i_b) == 0:
             return
     first = 0 * N
-    last = N - 1
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     if HAS_MASK:
         p_mask += i_b * stride_mb
         first = tl.load(p_span + 2 * i_b)
-        if SAMPLED:
-            last = tl.load(p_span + 2 * i_b + 1)
-    if SAMPLED:
-        if HAS_SEED:
-            seed = tl.load(p_seed + i_b)
-        position = last.to(tl.int64)
-        if HAS_POSITION:
-            position = tl.load(p_position + i_b)
-        # ceil(samples / tiles), with the tiles from the first to the last visible key.
-        tiles = tl.maximum((last - first) // TILE + 1, 1)
-        draws = (samples + tiles - 1) // tiles
-        head = head_offset + i_kv * G + o_g
 
     p_query += tl.multiple_of(i_b * stride_qb + i_kv * G * stride_qh, ALIGN_Q)
     o_query = tl.multiple_of(o_g * stride_qh, ALIGN_Q)[:, None] + o_d[None, :]
@@ -169,64 +126,19 @@ def fused_kernel(
             b_dot = tl.dot(b_q, tl.trans(b_k), b_dot, input_precision="ieee")
         b_s = log2_weights(b_dot, visible[None, :], scale, softcap, HAS_SOFTCAP)  # [G, TILE]
 
-        b_tile_top = tl.max(b_s, axis=1)
-        b_new = tl.maximum(b_top, b_tile_top)
+        b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
         b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_rescale = tl.exp2(b_top - b_level)
         p_rows = p_value + start.to(tl.int64) * STRIDE_VN
-        if SAMPLED:
-            b_tile_level = tl.where(b_tile_top == float("-inf"), 0.0, b_tile_top)
-            b_weight = weight_units(tl.exp2(b_s - b_tile_level[:, None])).to(tl.uint32)
-            b_prefix = tl.cumsum(b_weight, axis=1)
-            b_whole = tl.sum(b_weight, axis=1)
-            b_before = b_prefix - b_weight
-            if ESTIMATOR == "systematic":
-                offset = uniform(seed, layer, head, position, 0 * o_g + i_tile, FIXED_TILE)
-                b_rate = draws / tl.maximum(b_whole, 1).to(tl.float64)
-                b_count = _points_below(b_prefix, b_rate[:, None], offset[:, None])
-                b_count = tl.where(b_prefix == b_whole[:, None], draws, b_count)
-                b_under = _points_below(b_before, b_rate[:, None], offset[:, None])
-                b_under = tl.where(b_before == b_whole[:, None], draws, b_under)
-                b_count = b_count - b_under
-            else:
-                b_count = tl.zeros([BLOCK_G, TILE], tl.int32)
-                for j in range(draws):
-                    i_draw = tl.zeros([BLOCK_G], tl.int64) + i_tile * draws.to(tl.int64) + j
-                    point = uniform(seed, layer, head, position, i_draw, FIXED_SAMPLE)
-                    if ESTIMATOR == "stratified":
-                        point = (j + point) / draws
-                    point = tl.minimum((point * b_whole).to(tl.uint32), b_whole - 1)[:, None]
-                    b_count += ((b_before <= point) & (point < b_prefix)).to(tl.int32)
-            b_count = tl.where((o_g < G)[:, None] & visible[None, :], b_count, 0)
-            b_read = visible & (tl.max(b_count, axis=0) > 0)
-            if DV % BLOCK_DV == 0:
-                b_rows = b_read[:, None]
-            else:
-                b_rows = b_read[:, None] & (o_dv < DV)[None, :]
-            b_v = tl.load(p_rows + o_value, mask=b_rows, other=0.0, eviction_policy="evict_first")
-            # bf16 holds integers exactly to 256, so larger counts go in digit by digit.
-            b_drawn = tl.dot((b_count & 255).to(b_v.dtype), b_v, input_precision="ieee")
-            digits = draws >> 8
-            unit = 256.0
-            while digits > 0:
-                b_count = b_count >> 8
-                b_drawn += unit * tl.dot((b_count & 255).to(b_v.dtype), b_v, input_precision="ieee")
-                digits = digits >> 8
-                unit *= 256.0
-            b_tile_mass = b_whole.to(tl.float32) * 1.1920928955078125e-07
-            b_gain = tl.exp2(b_tile_top - b_level) * b_tile_mass
-            b_out = b_out * b_rescale[:, None] + b_drawn * (b_gain / draws)[:, None]
-            b_mass = b_mass * b_rescale + b_gain
+        if DV % BLOCK_DV == 0:
+            b_rows = visible[:, None]
         else:
-            if DV % BLOCK_DV == 0:
-                b_rows = visible[:, None]
-            else:
-                b_rows = visible[:, None] & (o_dv < DV)[None, :]
-            b_v = tl.load(p_rows + o_value, mask=b_rows, other=0.0, eviction_policy="evict_first")
-            b_p = tl.exp2(b_s - b_level[:, None])
-            b_out = b_out * b_rescale[:, None]
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
-            b_mass = b_mass * b_rescale + tl.sum(b_p, axis=1)
+            b_rows = visible[:, None] & (o_dv < DV)[None, :]
+        b_v = tl.load(p_rows + o_value, mask=b_rows, other=0.0, eviction_policy="evict_first")
+        b_p = tl.exp2(b_s - b_level[:, None])
+        b_out = b_out * b_rescale[:, None]
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
+        b_mass = b_mass * b_rescale + tl.sum(b_p, axis=1)
         b_top = b_new
 
     o_split = (i_head + o_g) * splits + i_split
