@@ -56,6 +56,8 @@ LARGE = [
     (2, 28, 4, 2500, 128, 128, BF16),
     (4, 9, 3, 999, 256, 80, F32),
     (1, 32, 8, 40000, 128, 128, BF16),
+    (256, 8, 2, 300, 64, 64, BF16),
+    (1, 4, 1, 900, 512, 256, F16),
 ]
 SHAPES = SMALL + [
     pytest.param(shape, marks=pytest.mark.gpu, id="-".join(map(str, shape))) for shape in LARGE
@@ -493,6 +495,37 @@ def test_unbiased(kernel: str, profile: str, estimator: str) -> None:
         variance = 2 * variance
     assert ALPHA < 1e-3
     assert_mean(out[:, :, 0], mean, variance, 2.0**-10 * value.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["prop", "flash"])
+@each_estimator
+def test_the_error_falls_with_the_budget(kernel: str, estimator: str) -> None:
+    """Mean squared error: variance / draws if they are independent, and no more if they are spread."""
+    rows, length = 512, 1024
+    query, key, value, keywords = case((1, 2, 1, length, 32, 32, F32))
+    tiles = length // reference.FIXED_TILE if kernel == "flash" else 1
+    p = (query.double()[0, :, 0] @ key.double()[0, 0].T * keywords["scaling"]).softmax(-1)
+    p = p.view(2, tiles, -1)
+    mass, rows_of_v = p.sum(-1), value.double()[0, 0].view(tiles, -1, 32)
+    mean = torch.einsum("gtn,tnd->gtd", p, rows_of_v) / mass[..., None]
+    square = torch.einsum("gtn,tnd->gtd", p, rows_of_v**2) / mass[..., None]
+    variance = ((square - mean**2).sum(-1) * mass**2 * tiles).sum()  # of one draw, over both heads
+    exact = torch.einsum("gtd,gt->gd", mean, mass)
+    for samples in (8, 64, 512):
+        keywords.update(
+            samples=samples,
+            estimator=estimator,
+            seed=torch.arange(rows, device=DEVICE) * 7919 + samples,
+            position=torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+        )
+        wide = [x.expand(rows, -1, -1, -1) for x in (query, key, value)]
+        out = run(kernel, *wide, **keywords)[:, :, 0].double()
+        error = (out - exact).square().sum((1, 2)).mean().item()
+        if estimator == "multinomial":
+            assert 0.85 < error * samples / variance.item() < 1.15
+        else:
+            assert error * samples / variance.item() < 1.05
 
 
 def test_dispatch_is_explicit() -> None:

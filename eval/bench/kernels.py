@@ -29,6 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from santa_hf import reference, santa_decode
 
+from .. import provenance
 from ..cli import CommandError
 
 __all__ = ["main"]
@@ -74,6 +75,7 @@ class Row:
     torch: str
     triton: str
     cudnn: str
+    commit: str
     model: str
     heads: int
     kv_heads: int
@@ -281,7 +283,7 @@ def _value_rows(inputs: Inputs, name: str, samples: int | None) -> int:
     return rows
 
 
-def measure(shape: Shape, scores: str, dtype: torch.dtype, replays: int) -> list[Row]:
+def measure(shape: Shape, scores: str, dtype: torch.dtype, replays: int, commit: str) -> list[Row]:
     """Time every implementation on one shape."""
     inputs = _inputs(shape, scores, dtype, _copies(shape, dtype))
     row_bytes = shape.dim * dtype.itemsize
@@ -302,6 +304,7 @@ def measure(shape: Shape, scores: str, dtype: torch.dtype, replays: int) -> list
                 torch=torch.__version__,
                 triton=triton.__version__,
                 cudnn=str(torch.backends.cudnn.version()),
+                commit=commit,
                 **asdict(shape),
                 dtype=str(dtype).removeprefix("torch."),
                 scores=scores,
@@ -380,6 +383,7 @@ def main(prog: str, argv: Sequence[str]) -> None:
     parser.add_argument("--replays", type=int, default=REPLAYS)
     parser.add_argument("--only", help="shapes whose 'model BxN' contains this text")
     parser.add_argument("--no-scaling", action="store_true", help="skip latency against context")
+    parser.add_argument("--commit", default=provenance.commit() or "", help="of the code that runs")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise CommandError("this benchmark needs a CUDA GPU")
@@ -393,7 +397,7 @@ def main(prog: str, argv: Sequence[str]) -> None:
     for shape, scores in cases:
         if arguments.only and arguments.only not in f"{shape.model} {shape.batch}x{shape.context}":
             continue
-        measured = measure(shape, scores, dtype, arguments.replays)
+        measured = measure(shape, scores, dtype, arguments.replays, arguments.commit)
         _print(measured)
         rows += measured
         if arguments.out:

@@ -1,7 +1,7 @@
 """One pass over K with a fixed budget of draws in every tile (S2ANTA-flash).
 
-The keys are split as in `dense_kernel`: a program walks its tiles with a running maximum, draws n rows of
-every tile from the tile's own softmax, and leaves an unnormalised (output, maximum, mass):
+The keys are split as in `dense_kernel`: a program walks its tiles with a running maximum, draws n rows
+of every tile from the tile's own softmax, and leaves an unnormalised (output, maximum, mass):
 
     o = sum_t mass_t / n * (sum of the rows drawn in t)  /  sum_t mass_t
 
