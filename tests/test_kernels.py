@@ -89,7 +89,7 @@ def case(
         visible = torch.ones(batch, 1, 1, length, dtype=torch.bool)
         if mask in ("left padding", "both"):
             for b in range(batch):
-                visible[b, ..., : (b + 1) * length // (batch + 2)] = False
+                visible[b, ..., : (b + 1) * length // (2 * batch + 2)] = False
         if mask in ("static tail", "both"):
             visible[..., -(length // 4) :] = length < 4
         if mask == "holes":
