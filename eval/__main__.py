@@ -8,6 +8,8 @@ from . import __doc__ as description
 from .cli import Command, CommandError, run_command
 
 COMMANDS = {
+    "run": Command("eval.run", "the arms of a suite on the same documents"),
+    "lm-eval": Command("eval.lm", "lm-eval's command line, with a decode-window model class"),
     "compare": Command("eval.compare", "a run's arms against dense: intervals, tests, verdicts"),
     "fidelity": Command("eval.fidelity", "a run's arms against dense, token by token on text"),
     "report": Command("eval.report", "runs as one HTML page and Markdown"),

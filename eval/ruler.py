@@ -1,156 +1,190 @@
-"""RULER prompts from lm-eval's own task objects: seeded, hashed, and built without a download."""
+"""RULER's documents: built once per (task, length, tokenizer, seed), hashed and kept.
+
+lm-eval makes them with its own generators, 500 of each task, from the global random state, so that they
+would depend on what ran before. Here that state is seeded by (seed, task, length) and restored, as many
+documents are built as are wanted, and every arm and every later run reads the same ones.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
+import json
+import lzma
+import os
 import random
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
 
+from . import data
+from .cli import CommandError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["OFFLINE_TASKS", "RulerPrompts", "build", "check"]
+__all__ = ["FOLDER", "MOST", "cache_directory", "documents", "names", "task"]
 
-# What these need comes with lm-eval and wonderwords; the other RULER tasks read data sets.
-OFFLINE_TASKS = ("niah_single_1", "niah_multikey_2", "ruler_vt")
+FOLDER = "ruler"  # of lm-eval's tasks
+MOST = 500  # documents that lm-eval generates of each task
 
-# Below this, lm-eval's generator of ruler_vt never ends.
-_MIN_LENGTH = 1024
-_MAX_PROMPTS = 500  # what lm-eval generates
-
-
-@dataclass(frozen=True)
-class RulerPrompts:
-    """Prompts of one RULER task at one length.
-
-    Attributes:
-        task: lm-eval's name of the task.
-        version: lm-eval's version of the task.
-        length: RULER's length in tokens, which counts the answer but neither the answer's prefix
-            nor a chat template.
-        prompts: the text of each prompt, the answer's prefix included.
-        max_new_tokens: the length to which lm-eval lets an answer grow.
-        stop: strings that end an answer, besides the end-of-text token.
-    """
-
-    task: str
-    version: float
-    length: int
-    prompts: tuple[str, ...]
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    _task: Any = field(repr=False, compare=False)
-
-    @property
-    def sha256(self) -> str:
-        """Hash of all prompts and targets, in order."""
-        digest = hashlib.sha256()
-        for instance in self._task.instances:
-            digest.update(repr((instance.args[0], list(instance.doc["outputs"]))).encode())
-        return digest.hexdigest()
-
-    def score(self, index: int, answer: str) -> float:
-        """lm-eval's score of an answer to prompt `index`: the share of targets it contains."""
-        doc = self._task.instances[index].doc
-        return float(self._task.process_results(doc, [answer])[str(self.length)])
+_ESSAY_TASKS = (
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multivalue",
+    "niah_multiquery",
+)
+_GENERATORS = ("prepare_niah", "vt_utils", "cwe_utils", "fwe_utils", "qa_utils")
 
 
-def check(task: str, length: int, prompts: int) -> None:
-    """Raise ValueError unless lm-eval can build these prompts without a download."""
-    if task not in OFFLINE_TASKS:
-        raise ValueError(f"task must be one of {', '.join(OFFLINE_TASKS)}, got {task!r}")
-    for name, value, low, high in (
-        ("length", length, _MIN_LENGTH, 2**20),
-        ("prompts", prompts, 1, _MAX_PROMPTS),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
+def cache_directory() -> Path:
+    """Where documents are kept: `santa_hf/ruler` in XDG_CACHE_HOME, by default ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "santa_hf/ruler"
 
 
-def build(
-    task: str,
-    length: int,
-    prompts: int,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int = 0,
-    chat: bool = False,
-) -> RulerPrompts:
-    """The first prompts of a RULER task at one length.
-
-    lm-eval draws RULER's data from the global generators, so they would depend on what ran before:
-    here they are seeded by (seed, task, length), and restored afterwards.
+def documents(
+    name: str, length: int, count: int, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The first documents of a RULER task at one length, as lm-eval makes them.
 
     Args:
-        task: one of `OFFLINE_TASKS`.
-        length: tokens by RULER's count, at least 1024.
-        prompts: how many, 1 to 500.
-        tokenizer: loaded from a local directory, from which lm-eval loads it again.
+        name: lm-eval's name of the task.
+        length: tokens by RULER's count, which includes the answer but neither its prefix nor a chat
+            template.
+        count: how many, at most 500; fewer come back where some do not fit the length.
+        tokenizer: loaded from a directory or the hub, from where lm-eval loads it again.
         seed: seed of the data.
-        chat: wrap each prompt in the tokenizer's chat template (lm-eval's `apply_chat_template`).
 
     Raises:
-        ValueError: an argument is out of its range.
+        CommandError: data that the task needs are missing, or nothing fits into `length`.
     """
-    check(task, length, prompts)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        loaded = _load(task, length, tokenizer.name_or_path, seed)
-        loaded.build_all_requests(
-            limit=prompts,
-            apply_chat_template=chat,
-            chat_template=_chat_template(tokenizer) if chat else None,
-        )
-    arguments = [instance.args for instance in loaded.instances]
-    settings = arguments[0][1]
-    return RulerPrompts(
-        task=task,
-        version=float(loaded.VERSION),
-        length=length,
-        prompts=tuple(prompt for prompt, _ in arguments),
-        max_new_tokens=settings["max_gen_toks"],
-        stop=tuple(settings["until"]),
-        _task=loaded,
-    )
+    count = min(count, MOST)
+    path = cache_directory() / f"{name}-{length}-{_key(name, length, tokenizer, seed)}.json.xz"
+    with suppress(OSError, EOFError, ValueError, KeyError, lzma.LZMAError):
+        kept = json.loads(lzma.decompress(path.read_bytes()))
+        if kept["asked"] >= count and kept["sha256"] == _hash(kept["documents"]):
+            return kept["documents"][:count]
+    built = _build(name, length, count, tokenizer.name_or_path, seed)
+    _keep(path, {"asked": count, "sha256": _hash(built), "documents": built})
+    return built
 
 
-def _load(task: str, length: int, tokenizer: str, seed: int) -> Any:
-    """The task with its documents, drawn from generators seeded by (seed, task, length)."""
-    state = random.getstate(), np.random.get_state()
-    key = hashlib.sha256(f"{seed}/{task}/{length}".encode()).digest()
+def _key(name: str, length: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:
+    """Hash of everything the documents depend on."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else tokenizer.name_or_path
+    parts = [name, length, vocabulary, seed, version("lm-eval"), data.describe()]
+    return _hash(parts)[:16]
+
+
+def _hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _keep(path: Path, values: dict[str, Any]) -> None:
+    """Write a file of documents, whole or not at all; they can be built again, so a full disk is no
+    error."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            try:
+                # A small dictionary is enough: documents repeat one another's text.
+                file.write(lzma.compress(json.dumps(values).encode(), preset=1))
+                file.close()
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+
+def task(name: str, found: list[dict[str, Any]]) -> Any:
+    """lm-eval's task of a name, with these documents."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    _generator()
+    split = datasets.Dataset.from_list(found)
+    config = load_yaml(_manager().task_index[name].yaml_path, resolve_func=True)
+    return ConfigurableTask(config={**config, "custom_dataset": lambda **_: {"test": split}})
+
+
+def names(group_or_task: str) -> list[str]:
+    """The tasks of a group of RULER tasks; of a task, itself."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    tasks = load_yaml(_manager().task_index[group_or_task].yaml_path, resolve_func=False)["task"]
+    return [tasks] if isinstance(tasks, str) else tasks
+
+
+def _generator() -> Any:
+    """lm-eval's module of needle tasks; others of its modules import it."""
+    # It fetches nltk's data when it is imported, which most tasks never use.
+    with patch("nltk.download"), redirect_stdout(io.StringIO()):
+        return importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
+
+
+def _manager(**metadata: Any) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    folder = Path(_generator().__file__).parent
+    return TaskManager(include_defaults=False, include_path=folder, metadata=metadata)
+
+
+def _build(name: str, length: int, count: int, tokenizer: str, seed: int) -> list[dict[str, Any]]:
+    output = io.StringIO()
     try:
-        # lm-eval's files fetch sentence-splitting data when imported, which these tasks never use.
-        with patch("nltk.download"):
-            import lm_eval.tasks.ruler.prepare_niah as generator
-        from lm_eval.tasks import TaskManager
+        with (
+            redirect_stdout(output),
+            redirect_stderr(output),
+            data.local_data(),
+            _random_state(hashlib.sha256(f"{seed}/{name}/{length}".encode()).digest()),
+            _generating(count),
+        ):
+            if name in _ESSAY_TASKS:
+                _generator().download_nltk_resources()
+            manager = _manager(tokenizer=tokenizer, max_seq_lengths=[length])
+            loaded = manager.load([name])["tasks"][name]
+    except (LookupError, OSError, ValueError) as error:
+        raise CommandError(f"{name} at {length} tokens cannot be built: {error}") from error
+    return json.loads(json.dumps([dict(document) for document in loaded.dataset["test"]]))
 
-        manager = TaskManager(
-            include_defaults=False,  # indexing all of lm-eval's tasks takes a while
-            include_path=Path(generator.__file__).parent,
-            metadata={"tokenizer": tokenizer, "max_seq_lengths": [length]},
-        )
+
+@contextmanager
+def _random_state(key: bytes) -> Iterator[None]:
+    """Seed the generators that RULER draws from, and restore the global ones afterwards."""
+    words = importlib.import_module("lm_eval.tasks.ruler.cwe_utils")
+    state = random.getstate(), np.random.get_state()
+    try:
         random.seed(key)
         np.random.seed(np.frombuffer(key, np.uint32))
-        return manager.load([task])["tasks"][task]
+        words.RNG.seed(key)
+        yield
     finally:
         random.setstate(state[0])
         np.random.set_state(state[1])
 
 
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> Any:
-    def render(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> Any:
-        # A prompt that ends in the answer's prefix leaves the assistant's turn open.
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+@contextmanager
+def _generating(count: int) -> Iterator[None]:
+    """Let RULER's generators stop after `count` documents: each loops over tqdm(range(500))."""
 
-    return render
+    def first(samples: range, **kwargs: Any) -> range:
+        return samples[:count]
+
+    with ExitStack() as stack:
+        for name in _GENERATORS:
+            module = importlib.import_module(f"lm_eval.tasks.ruler.{name}")
+            # Else lm-eval imports its task files again, without what is set here.
+            module.__mtime__ = Path(module.__file__ or "").stat().st_mtime_ns  # type: ignore[attr-defined]
+            stack.enter_context(patch.object(module, "tqdm", first))
+        yield
