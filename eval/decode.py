@@ -83,7 +83,7 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         self._rows[0][:, :, start:stop] = key_states
         self._rows[1][:, :, start:stop] = value_states
         self.rewind(stop)
-        return self.keys, self.values
+        return self._rows[0][:, :, :stop], self._rows[1][:, :, :stop]
 
     def rewind(self, length: int) -> None:
         """Hold the first `length` slots."""
@@ -94,8 +94,8 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         """The first rows of the batch, in the same memory."""
         layer = _Layer(batch, self._capacity)
         if self.is_initialized:
-            layer.lazy_initialization(self.keys, self.values)
             layer._rows = tuple(rows[:batch] for rows in self._rows)
+            layer.lazy_initialization(*layer._rows)
             layer.rewind(self.get_seq_length())
         return layer
 
@@ -144,9 +144,8 @@ class Prefix:
         self._shared = has_plain_cache(model)
         if self._shared:
             count = len(DynamicCache(config=model.config).layers)
-            layers = [_Layer(len(contexts), self.width + room) for _ in range(count)]
             self._cache: Any = DynamicCache()
-            self._cache.layers = layers
+            self._cache.layers = [_Layer(len(contexts), self.width + room) for _ in range(count)]
             self._prefill_rows(model, contexts)
         elif len(contexts) > 1:
             raise ValueError("the layers of this model do not cache all tokens: batch one prompt")
@@ -167,7 +166,7 @@ class Prefix:
             input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
             for i, row in enumerate(rows):
                 input_ids[i, : len(contexts[row])] = torch.tensor(contexts[row])
-            filled = DynamicCache(config=model.config)
+            filled: Any = DynamicCache(config=model.config)
             _prefill(model, input_ids, filled)
             for layer, source in zip(self._cache.layers, filled.layers, strict=True):
                 # A layer that reads the cache of another one has none of its own.

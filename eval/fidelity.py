@@ -13,10 +13,9 @@ written beside the run's own:
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer
 
 from .adapter import load
 from .arms import DENSE, use_arm
 from .cli import CommandError
 from .data import local_data
+from .decode import Prefix
 from .results import Arm, Header, load_header, read_json, write_json
 from .statistics import Estimate, bootstrap
 
@@ -133,17 +133,17 @@ def measure(
     fed, expected = tokens[:, context:-1], tokens[:, context + 1 :]
     hashes = [hashlib.sha256(repr(list(passage)).encode()).hexdigest() for passage in passages]
     use_arm(model, DENSE, 0, dense)
-    prefilled = DynamicCache(config=model.config)
-    model(
-        input_ids=tokens[:, :context], past_key_values=prefilled, use_cache=True, logits_to_keep=1
-    )
+    prefix = Prefix(model, tokens[:, :context].tolist(), fed.shape[1])
+    start = prefix.snapshot()
 
-    reference = list(_steps(model, prefilled, fed, context))
+    reference = [prefix.step(model, step) for step in fed.T]
     found = []
     for arm, seed in arms:
         use_arm(model, arm, seed, dense)
         kl, agrees, nll = [], [], []
-        for t, logits in enumerate(_steps(model, prefilled, fed, context)):
+        prefix.restore(start)
+        for t, step in enumerate(fed.T):
+            logits = prefix.step(model, step)
             truth, log_probs = (x.double().log_softmax(-1) for x in (reference[t], logits))
             kl.append((truth.exp() * (truth - log_probs)).sum(-1).clamp(min=0.0))
             agrees.append(log_probs.argmax(-1) == truth.argmax(-1))
@@ -157,20 +157,6 @@ def measure(
         )
         advance()
     return found
-
-
-def _steps(
-    model: Any, prefilled: DynamicCache, fed: torch.Tensor, position: int
-) -> Iterator[torch.Tensor]:
-    """Logits (B, V) of decode steps, one for each column of `fed`, on a copy of the cache."""
-    cache = copy.deepcopy(prefilled)
-    for t, column in enumerate(fed.T):
-        yield model(
-            input_ids=column[:, None],
-            position_ids=torch.full_like(column[:, None], position + t),
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
 
 
 def _rounded(value: float) -> float:

@@ -264,7 +264,7 @@ class SantaLM(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers."""
-        prompts = [self.generation(*r.args[:2], None, self.max_length) for r in requests]
+        prompts = [self.generation(r.args[0], r.args[1], None, self.max_length) for r in requests]
         texts = [decoded.text for decoded in self._run(prompts, "generate_until", disable_tqdm)]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)

@@ -15,7 +15,7 @@ import lzma
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -147,12 +147,13 @@ def _build(name: str, length: int, count: int, tokenizer: str, seed: int) -> lis
             redirect_stdout(output),
             redirect_stderr(output),
             data.local_data(),
-            _random_state(hashlib.sha256(f"{seed}/{name}/{length}".encode()).digest()),
+            _random_state(hashlib.sha256(f"{seed}/{name}/{length}".encode()).digest()) as set_seed,
             _generating(count),
         ):
             if name in _ESSAY_TASKS:
                 _generator().download_nltk_resources()
             manager = _manager(tokenizer=tokenizer, max_seq_lengths=[length])
+            set_seed()  # not earlier: what is imported for the first time may draw numbers
             loaded = manager.load([name])["tasks"][name]
     except (LookupError, OSError, ValueError) as error:
         raise CommandError(f"{name} at {length} tokens cannot be built: {error}") from error
@@ -160,15 +161,18 @@ def _build(name: str, length: int, count: int, tokenizer: str, seed: int) -> lis
 
 
 @contextmanager
-def _random_state(key: bytes) -> Iterator[None]:
-    """Seed the generators that RULER draws from, and restore the global ones afterwards."""
-    words = importlib.import_module("lm_eval.tasks.ruler.cwe_utils")
+def _random_state(key: bytes) -> Iterator[Callable[[], None]]:
+    """A function that seeds the generators RULER draws from; the global ones are restored at the end."""
     state = random.getstate(), np.random.get_state()
-    try:
+    words = importlib.import_module("lm_eval.tasks.ruler.cwe_utils")
+
+    def set_seed() -> None:
         random.seed(key)
         np.random.seed(np.frombuffer(key, np.uint32))
         words.RNG.seed(key)
-        yield
+
+    try:
+        yield set_seed
     finally:
         random.setstate(state[0])
         np.random.set_state(state[1])
@@ -177,6 +181,7 @@ def _random_state(key: bytes) -> Iterator[None]:
 @contextmanager
 def _generating(count: int) -> Iterator[None]:
     """Let RULER's generators stop after `count` documents: each loops over tqdm(range(500))."""
+    _generator()  # first: it must not be imported by another module
 
     def first(samples: range, **kwargs: Any) -> range:
         return samples[:count]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer
 
 from eval import adapter, synthetic
 from eval.cli import CommandError
@@ -198,23 +198,9 @@ def test_draw_refuses(source: Source, task: str, length: int) -> None:
 # Training
 
 
-@pytest.fixture(scope="module")
-def base(smollm2: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with the tokenizer of SmolLM2."""
-    directory = tmp_path_factory.mktemp("base")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=8192,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
 @pytest.mark.model
-def test_loss_is_the_probability_of_any_right_token(base: Path) -> None:
-    model = adapter.load(base, None, dtype=torch.float64)
+def test_loss_is_the_probability_of_any_right_token(tiny_llama: Path) -> None:
+    model = adapter.load(tiny_llama, None, dtype=torch.float64)
     examples = [
         Example([5, 6, 7, 8, 9], [synthetic.Target(1, (7,)), synthetic.Target(3, (9, 11))]),
         Example([5, 6, 7], [synthetic.Target(1, (7, 1, 2))]),
@@ -232,9 +218,9 @@ def test_loss_is_the_probability_of_any_right_token(base: Path) -> None:
 
 
 @pytest.mark.model
-def test_training_learns_saves_and_goes_on(base: Path, tmp_path: Path) -> None:
+def test_training_learns_saves_and_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"longest": 512, "workers": 0, "device": "cpu"}
-    record = adapter.train(base, tmp_path / "one", PROSE, seconds=4, **options)
+    record = adapter.train(tiny_llama, tmp_path / "one", PROSE, seconds=4, **options)
     assert record["steps"] >= 5
     assert record["tokens"] == 512 * record["steps"]
     written = json.loads((tmp_path / "one/training.json").read_text())
@@ -242,13 +228,13 @@ def test_training_learns_saves_and_goes_on(base: Path, tmp_path: Path) -> None:
     assert written["versions"]["peft"]
     assert json.loads((tmp_path / "one/model_config.json").read_text()) == adapter.MODEL_CONFIG
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     source = Source(tokenizer, PROSE, seed=9)
     drawn = [draw(source, task, 512) for task in TASKS]
     batch = adapter.collate(drawn, 512, tokenizer.eos_token_id)
 
     def loss(directory: Path | None) -> float:
-        model = adapter.load(base, directory, dtype=torch.float32)
+        model = adapter.load(tiny_llama, directory, dtype=torch.float32)
         assert model.config.rope_parameters["rope_theta"] == 1e6
         assert model.config.max_position_embeddings == 33792
         with torch.inference_mode():
@@ -257,7 +243,7 @@ def test_training_learns_saves_and_goes_on(base: Path, tmp_path: Path) -> None:
     untrained, trained = loss(None), loss(tmp_path / "one")
     assert trained < untrained
     adapter.train(
-        base, tmp_path / "two", PROSE, seconds=3, initial=tmp_path / "one", seed=1, **options
+        tiny_llama, tmp_path / "two", PROSE, seconds=3, initial=tmp_path / "one", seed=1, **options
     )
     assert loss(tmp_path / "two") < trained
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import random
 import subprocess
 import sys
@@ -16,9 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import demo, ruler
 from eval import smollm2 as conversion
+from eval.arms import DENSE, use_arm
 from eval.cli import Command, CommandError, run_command
-from eval.decode import decode, prefill
-from eval.suite import Suite
+from eval.decode import Prefix, generate
+from eval.results import Arm, load_results
+from eval.suite import SUITES, Suite, find_suite
+from eval.tasks import load_documents
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,73 +111,122 @@ def test_missing_package_names_the_command(tmp_path: Path, monkeypatch: Any) -> 
 # Prompts
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """RULER's documents are kept where no other run has left any."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.mark.model
-@pytest.mark.parametrize("task", ruler.OFFLINE_TASKS)
-def test_prompts_depend_on_their_seed_alone(task: str, tokenizer: Any) -> None:
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_2", "ruler_vt", "ruler_cwe"])
+def test_documents_depend_on_their_seed_alone(task: str, tokenizer: Any, own_cache: Path) -> None:
     random.seed(1)
     np.random.seed(1)
-    first = ruler.build(task, 1024, 3, tokenizer)
+    first = ruler.documents(task, 1024, 3, tokenizer)
     after = random.random(), np.random.random()
     random.seed(1)
     np.random.seed(1)
     assert after == (random.random(), np.random.random())  # the generators are restored
-    again = ruler.build(task, 1024, 3, tokenizer)
-    assert (again.prompts, again.sha256) == (first.prompts, first.sha256)
-    assert ruler.build(task, 1024, 3, tokenizer, seed=1).sha256 != first.sha256
-    assert ruler.build(task, 1024, 2, tokenizer).prompts == first.prompts[:2]
-    assert len(set(first.prompts)) == 3
-    assert all(512 < len(tokenizer(prompt).input_ids) <= 1024 for prompt in first.prompts)
+    (kept,) = own_cache.rglob("*.json.xz")
+    kept.unlink()
+    assert ruler.documents(task, 1024, 3, tokenizer) == first
+    assert ruler.documents(task, 1024, 3, tokenizer, seed=1) != first
+    assert len({document["input"] for document in first}) == 3
+    assert all(400 < len(tokenizer(document["input"]).input_ids) <= 1024 for document in first)
+
+
+@pytest.mark.model
+def test_documents_are_built_once_and_a_corrupt_copy_is_built_again(
+    tokenizer: Any, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ruler.documents("ruler_vt", 1024, 2, tokenizer)
+    (kept,) = own_cache.rglob("*.json.xz")
+    with monkeypatch.context() as patched:
+        patched.setattr(ruler, "_build", None)
+        assert ruler.documents("ruler_vt", 1024, 2, tokenizer) == first
+        assert ruler.documents("ruler_vt", 1024, 1, tokenizer) == first[:1]
+    kept.write_bytes(kept.read_bytes()[:-20])
+    assert ruler.documents("ruler_vt", 1024, 2, tokenizer) == first
+    more = ruler.documents("ruler_vt", 1024, 3, tokenizer)
+    assert more[:2] == first
+
+
+def documents(task: str, tokenizer: Any, **settings: Any) -> Any:
+    from eval.suite import TaskSettings
+
+    chat = settings.pop("chat", False)
+    chosen = TaskSettings(task=task, length=1024, limit=1, **settings)
+    (found,) = load_documents(chosen, tokenizer, chat=chat)
+    return found
 
 
 @pytest.mark.model
 def test_scores_are_those_of_lm_eval(tokenizer: Any) -> None:
-    prompts = ruler.build("ruler_vt", 1024, 1, tokenizer)
-    targets = prompts._task.instances[0].doc["outputs"]
+    from eval.tasks import Response
+
+    found = documents("ruler_vt", tokenizer)
+    targets = ruler.documents("ruler_vt", 1024, 1, tokenizer)[0]["outputs"]
     assert len(targets) == 5
-    assert prompts.score(0, " ".join(targets)) == 1.0
-    assert prompts.score(0, f"{targets[0].lower()}, {targets[3]}") == pytest.approx(0.4)
-    assert prompts.score(0, "nothing of the kind") == 0.0
+    for answer, score in (
+        (" ".join(targets), 1.0),
+        (f"{targets[0].lower()}, {targets[3]}", 0.4),
+        ("nothing of the kind", 0.0),
+    ):
+        metrics, (document,) = found.evaluate({0: Response((answer,), 5)})
+        assert metrics[found.task.main_metric].value == pytest.approx(score)
+        assert document.scores[found.task.main_metric] == pytest.approx(score)
+        assert document.output == answer
 
 
 @pytest.mark.model
 def test_chat_template_leaves_the_answer_open(tokenizer: Any) -> None:
-    (plain,) = ruler.build("niah_single_1", 1024, 1, tokenizer).prompts
-    (chat,) = ruler.build("niah_single_1", 1024, 1, tokenizer, chat=True).prompts
+    plain = documents("niah_single_1", tokenizer).requests[0][0][0]
+    chat = documents("niah_single_1", tokenizer, chat=True).requests[0][0][0]
     question, prefix = plain.rsplit("? ", 1)
     assert chat.endswith(f"{question}?<|im_end|>\n<|im_start|>assistant\n{prefix}")
 
 
+@pytest.mark.model
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("settings", "message"),
     [
-        ({"task": "niah_single_2"}, "task must be one of"),
-        ({"length": 1023}, r"length must be an integer in \[1024, "),
-        ({"length": "1024"}, r"length must be an integer in \[1024, "),
-        ({"prompts": 0}, r"prompts must be an integer in \[1, 500\]"),
-        ({"prompts": 501}, r"prompts must be an integer in \[1, 500\]"),
+        ({"task": "niah_single"}, "no task or group 'niah_single'; did you mean one of niah_sin"),
+        ({"task": "niah_single_1", "length": None}, "needs a length"),
+        ({"task": "niah_single_1", "num_fewshot": 2}, "takes no few-shot examples"),
+        ({"task": "gsm8k"}, "is not a RULER task"),
     ],
 )
-def test_prompts_refuse_what_lm_eval_cannot_build(change: dict[str, Any], message: str) -> None:
-    given = {"task": "ruler_vt", "length": 1024, "prompts": 1, **change}
-    with pytest.raises(ValueError, match=message):
-        ruler.build(**given, tokenizer=None)  # type: ignore[arg-type]
+def test_tasks_that_cannot_be_built_are_named(
+    settings: dict[str, Any], message: str, tokenizer: Any
+) -> None:
+    from eval.suite import TaskSettings
+
+    with pytest.raises(CommandError, match=message):
+        load_documents(TaskSettings(**{"length": 1024, "limit": 1, **settings}), tokenizer)
 
 
 @pytest.mark.model
-def test_prompts_need_no_network(smollm2: Path) -> None:
+def test_prompts_need_no_network(smollm2: Path, tmp_path: Path) -> None:
     statement = f"""{OFFLINE}
 from eval import ruler
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({str(smollm2)!r})
-print(ruler.build("niah_multikey_2", 1024, 1, tokenizer).sha256)
+print(ruler._hash(ruler.documents("niah_multikey_2", 1024, 1, tokenizer)))
 """
     done = subprocess.run(
-        [sys.executable, "-c", statement], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", statement],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     # The same prompts in another process.
-    assert done.stdout.split()[-1] == ruler.build("niah_multikey_2", 1024, 1, tokenizer).sha256
+    expected = ruler._hash(ruler.documents("niah_multikey_2", 1024, 1, tokenizer))
+    assert done.stdout.split()[-1] == expected
 
 
 # Decoding from a cache
@@ -183,14 +236,20 @@ print(ruler.build("niah_multikey_2", 1024, 1, tokenizer).sha256)
 @pytest.mark.parametrize("window", [1, 5])
 def test_dense_decoding_is_generate(window: int, tokenizer: Any, model: Any) -> None:
     model.set_attn_implementation("sdpa")
-    token_ids = tokenizer("Count: one, two, three, four, five,").input_ids
-    expected = model.generate(torch.tensor([token_ids]), max_new_tokens=12, do_sample=False)
-    cache = prefill(model, token_ids[:-window])
-    for _ in range(2):  # the cache is left as it was
-        decoded = decode(model, tokenizer, cache, token_ids[-window:], max_new_tokens=12)
-        assert list(decoded.token_ids) == expected[0, len(token_ids) :].tolist()
-        assert decoded.steps == 12 + window - 1
-    assert cache.get_seq_length() == len(token_ids) - window
+    prompts = ["Count: one, two, three, four, five,", "The days of the week are Monday,"]
+    rows = [tokenizer(prompt).input_ids for prompt in prompts]
+    expected = [
+        model.generate(torch.tensor([row]), max_new_tokens=12, do_sample=False)[0, len(row) :]
+        for row in rows
+    ]
+    prefix = Prefix(model, [row[:-window] for row in rows], window + 12)
+    for _ in range(2):  # the prefix is left as it was
+        decoded = generate(
+            model, tokenizer, prefix, [row[-window:] for row in rows], max_new_tokens=12
+        )
+        for answer, tokens in zip(decoded, expected, strict=True):
+            assert list(answer.token_ids) == tokens.tolist()[: len(answer.token_ids)]
+            assert len(answer.token_ids) == 12 or answer.token_ids[-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.model
@@ -202,75 +261,119 @@ def test_decoding_stops_at_the_end_of_text_and_at_strings(tokenizer: Any, model:
         add_generation_prompt=True,
     )
     token_ids = tokenizer(chat).input_ids
-    cache = prefill(model, token_ids[:-1])
-    ended = decode(model, tokenizer, cache, token_ids[-1:], max_new_tokens=200)
+    prefix = Prefix(model, [token_ids[:-1]], 201)
+    windows = [token_ids[-1:]]
+    (ended,) = generate(model, tokenizer, prefix, windows, max_new_tokens=200)
     assert ended.token_ids[-1] == tokenizer.eos_token_id
     assert "<|im_end|>" not in ended.text
     stop = ended.text[2:4]
-    cut = decode(model, tokenizer, cache, token_ids[-1:], max_new_tokens=200, stop=[stop])
+    (cut,) = generate(model, tokenizer, prefix, windows, max_new_tokens=200, stop=[stop])
     assert cut.text == ended.text.split(stop)[0]
     with pytest.raises(ValueError, match="at least one token"):
-        decode(model, tokenizer, cache, [], max_new_tokens=1)
+        generate(model, tokenizer, prefix, [[]], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "arm", [DENSE, Arm("s", "santa", {"samples": 4}, False), Arm("k", "top-k", {"k": 3}, True)]
+)
+def test_answers_do_not_depend_on_the_batch(arm: Arm) -> None:
+    model = tiny.build("llama", torch.float64)
+    rows = [row[0].tolist() for row in tiny.prompts(70, 41, 55)]
+
+    def tokens(batch: list[list[int]]) -> list[tuple[int, ...]]:
+        use_arm(model, DENSE, 0, "sdpa")
+        prefix = Prefix(model, [row[:-2] for row in batch], 32)
+        use_arm(model, arm, 3, "sdpa")
+        windows = [row[-2:] for row in batch]
+        decoded = generate(model, _Decoder(), prefix, windows, max_new_tokens=20)  # type: ignore[arg-type]
+        return [answer.token_ids for answer in decoded]
+
+    assert tokens(rows) == [tokens([row])[0] for row in rows]
+
+
+class _Decoder:
+    """What decoding needs of a tokenizer."""
+
+    eos_token_id = None
+
+    def decode(self, row: list[int], **options: Any) -> str:
+        return " ".join(map(str, row))
 
 
 # Suites
 
 
 def test_every_suite_loads() -> None:
-    suites = sorted((ROOT / "configs/suites").glob("*.yaml"))
-    assert demo.SUITE in suites
+    suites = sorted(SUITES.glob("*.yaml"))
+    assert {path.stem for path in suites} >= {
+        "demo", "smoke", "gsm8k", "mmlu", "ruler-4k", "ruler-32k", "all",
+    }  # fmt: skip
     for path in suites:
-        suite = Suite.from_yaml(path)
-        assert next(iter(suite.arms())) == "dense"
-        assert all(config.strict for config in suite.arms().values() if config is not None)
+        arms = Suite.from_yaml(path).made_arms()
+        assert next(iter(arms)) == "dense"
+        assert all(arm.config["strict"] for arm in arms.values() if arm.method == "santa")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("samples: [8]", "at least one task"),
-        ("tasks: []\nsamples: [8]", "at least one task"),
+        ("arms: {a: {samples: 8}}", "at least one task"),
+        ("tasks: []", "at least one task"),
         ("speed: 3", "no field 'speed'"),
         ("[1, 2]", "expected a mapping"),
         ("tasks: [{task: ruler_vt, size: 3}]", "no field 'size'"),
-        ("tasks: [{task: ruler_vt}]", "missing 3 required"),
-        ("tasks: 3\nsamples: [8]", "not iterable"),
+        ("tasks: [{length: 1024}]", "missing 1 required"),
+        ("tasks: 3", "not iterable"),
         ("a: !!python/object:os.system {}", "could not determine a constructor"),
-        ("tasks: [{task: mmlu, length: 1024, prompts: 1, max_new_tokens: 1}]", "task must be"),
-        ("{TASK}\nsamples: [8, 8]", "samples names a number twice"),
-        ("{TASK}\nsamples: [0]", r"samples must be in \[1"),
-        ("{TASK}\nsamples: [8]\nestimator: exact", "estimator must be one of"),
-        ("{TASK}\nsamples: [8]\nwindow: 0", "window must be an integer of at least 1"),
-        ("{TASK}\nsamples: [8]\nchat: maybe", "chat must be true or false"),
-        (
-            "tasks: [{task: ruler_vt, length: 1024, prompts: true, max_new_tokens: 1}]",
-            "prompts must be",
-        ),
+        ("{TASK}\narms: [8]", "arms must map names to settings"),
+        ("{TASK}\narms: {a: {samples: 0}}", r"arm 'a': samples must be in \[1"),
+        ("{TASK}\narms: {a: {estimator: exact}}", "arm 'a': estimator must be one of"),
+        ("{TASK}\narms: {a: {seed: 3}}", "seeds of a run are given by 'seeds'"),
+        ("{TASK}\narms: {a: {top_k: 0}}", "top_k must be an integer of at least 1"),
+        ("{TASK}\nseeds: [1, 1]", "each once"),
+        ("{TASK}\nwindow: 0", "window must be an integer of at least 1"),
+        ("{TASK}\nchat: maybe", "chat must be true or false"),
+        ("tasks: [{task: ruler_vt, length: 1000}]", "length must be an integer of at least 1024"),
+        ("tasks: [{task: ruler_vt, length: 1024, limit: true}]", "limit must be"),
     ],
 )
 def test_a_bad_suite_is_named(text: str, message: str, tmp_path: Path) -> None:
-    task = "tasks: [{task: ruler_vt, length: 1024, prompts: 1, max_new_tokens: 1}]"
     path = tmp_path / "suite.yaml"
-    path.write_text(text.replace("{TASK}", task))
+    path.write_text(text.replace("{TASK}", "tasks: [{task: ruler_vt, length: 1024}]"))
     with pytest.raises(CommandError, match=message) as raised:
         Suite.from_yaml(path)
     assert str(path) in str(raised.value)
 
 
-def test_arguments_replace_what_the_suite_says() -> None:
-    suite = Suite.from_yaml(demo.SUITE, prompts=2, samples=(4,), seed=9)
-    assert {settings.prompts for settings in suite.tasks} == {2}
-    assert list(suite.arms()) == ["dense", "santa-4"]
-    config = suite.arms()["santa-4"]
-    assert config is not None
-    assert (config.samples, config.seed) == (4, 9)
-    with pytest.raises(CommandError, match="prompts must be"):
-        Suite.from_yaml(demo.SUITE, prompts=0)
+def test_arguments_replace_what_the_suite_says(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("samples: 7\n")
+    suite = Suite.from_yaml(
+        demo.SUITE,
+        limit=2,
+        arms=["santa-8", "flat:samples=4,estimator=multinomial", f"own:{tmp_path / 'own.yaml'}"],
+        seeds=(9, 10),
+    )
+    assert {settings.limit for settings in suite.tasks} == {2}
+    arms = suite.made_arms()
+    assert list(arms) == ["dense", "santa-8", "flat", "own"]
+    assert (arms["flat"].config or {})["estimator"] == "multinomial"
+    assert [(arm.config or {}).get("samples") for arm in arms.values()] == [None, 8, 4, 7]
+    assert suite.seeds == (9, 10)
+    for arms_, message in (
+        (["santa-9"], "no arm 'santa-9'"),
+        (["a:samples=1,x"], "every key once"),
+    ):
+        with pytest.raises(CommandError, match=message):
+            Suite.from_yaml(demo.SUITE, arms=arms_)
+    with pytest.raises(CommandError, match="limit must be"):
+        Suite.from_yaml(demo.SUITE, limit=0)
 
 
 def test_a_missing_suite_is_named(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match=r"nowhere\.yaml"):
         Suite.from_yaml(tmp_path / "nowhere.yaml")
+    with pytest.raises(CommandError, match=r"no suite 'nowhere'.*demo"):
+        find_suite("nowhere")
 
 
 # The commands
@@ -298,35 +401,25 @@ def test_an_error_of_the_user_has_no_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-def test_demo_writes_table_plot_and_record(
+def test_demo_prints_a_table_and_leaves_results_and_a_page(
     smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     suite = tmp_path / "suite.yaml"
     suite.write_text(
-        "tasks: [{task: niah_single_1, length: 1024, prompts: 1, max_new_tokens: 12}]\n"
-        "samples: [64]\nwindow: 2\n"
+        "tasks: [{task: niah_single_1, length: 1024, limit: 1, max_new_tokens: 12}]\n"
+        "arms: {santa-64: {samples: 64}}\nwindow: 2\n"
     )
     out = tmp_path / "out"
     demo.main("demo", ["--suite", str(suite), "--model-dir", str(smollm2), "--out", str(out)])
     printed = capsys.readouterr().out
     assert "niah_single_1" in printed
     assert "Prefill is dense by design" in printed
-    record = json.loads((out / "demo.json").read_text())
-    (result,) = record["results"]
-    dense, sampled = result["arms"]["dense"], result["arms"]["santa-64"]
-    assert dense["accuracy"] == sampled["accuracy"] == 1.0
-    assert dense["value_rows_read"] == 1.0
-    assert 0.0 < sampled["value_rows_read"] < 0.2
-    assert dense["same_as_dense"] == 1.0
-    assert record["versions"]["lm-eval"]
-    assert len(record["model_sha256"]) == len(result["prompts_sha256"]) == 64
-    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.model
-def test_a_step_that_cannot_be_sampled_stops_the_demo(smollm2: Path, tokenizer: Any) -> None:
-    suite = Suite.from_yaml(demo.SUITE, samples=(8,))
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    model.model.layers[3].self_attn.is_causal = False
-    with pytest.raises(NotImplementedError, match="layer 3"):
-        demo.run(model, tokenizer, suite, progress=False)
+    header, (dense, sampled) = load_results(out)
+    assert dense.score.value == sampled.score.value == 1.0
+    assert dense.counters.share_of_rows_read == 1.0
+    assert 0.0 < (sampled.counters.share_of_rows_read or 0) < 0.2
+    assert not sampled.counters.fallbacks
+    assert sampled.counters.sampled == 30 * sampled.tokens
+    assert header.provenance["versions"]["lm-eval"]
+    assert len(header.provenance["model_sha256"]) == 64
+    assert "niah_single_1" in (out / "report.html").read_text()

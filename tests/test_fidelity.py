@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from eval import fidelity
 from eval.arms import DENSE, use_arm
 from eval.cli import CommandError
-from eval.decode import prefill
 from eval.fidelity import Fidelity, Passage, cut, load_fidelity, main, measure, summarise
 from eval.results import write_json
 from tests import runs, tiny
@@ -58,9 +58,10 @@ def test_divergence_is_that_of_the_distributions(model: Any) -> None:
         logits = []
         for arm in (DENSE, top):
             use_arm(model, DENSE, 0, "sdpa")
-            cache = prefill(model, text[:CONTEXT])
-            use_arm(model, arm, 0, "sdpa")
+            cache = DynamicCache(config=model.config)
             with torch.inference_mode():
+                model(torch.tensor([text[:CONTEXT]]), past_key_values=cache)
+                use_arm(model, arm, 0, "sdpa")
                 steps = [
                     model(torch.tensor([[token]]), past_key_values=cache).logits[:, -1]
                     for token in text[CONTEXT:-1]
