@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -31,6 +33,7 @@ def santa_decode(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     exact: torch.Tensor | None = None,
+    rotary_key: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> torch.Tensor:
     """Attention of one query token per row over a KV cache, by drawing value rows (arXiv 2605.01910).
@@ -57,6 +60,9 @@ def santa_decode(
         sinks: (H,), a logit per query head that joins the softmax with a value of zero; None for none.
         exact: bool (B,), True for rows that are computed exactly, without draws; None for none. The
             kernels decide on the device, so it costs no synchronisation.
+        rotary_key: (B, KVH, N, Dr), a second part of the keys, which the last Dr columns of `query`
+            meet; `key` is then (B, KVH, N, D - Dr). Multi-head latent attention caches it apart from
+            the latents, which are both `key` and `value`. None for keys in one part.
         kernel: "auto", "reference" and "prop" draw by one grid over the row and agree for one seed;
             "flash" gives every tile of 256 keys ceil(samples / tiles) draws. An explicit choice
             that cannot run here raises.
@@ -70,8 +76,9 @@ def santa_decode(
         NotImplementedError: the kernel asked for cannot run on these tensors.
     """
     mask, position, seed = _validate(
-        query, key, value, samples, estimator, mask, seed, layer, position, head_offset, kernel
-    )
+        query, key, value, rotary_key, samples, estimator, mask, seed, layer, position, head_offset,
+        kernel,
+    )  # fmt: skip
     _validate_scores(query, scaling, softcap, sinks)
     exact = _validate_exact(query, exact)
     if scaling is None:
@@ -87,6 +94,7 @@ def santa_decode(
         row_seed,
         sinks,
         exact,
+        rotary_key,
         seed=0 if isinstance(seed, torch.Tensor) else seed,
         samples=samples,
         estimator=estimator,
@@ -107,6 +115,7 @@ def _dispatch(
     row_seed: torch.Tensor | None,
     sinks: torch.Tensor | None,
     exact: torch.Tensor | None,
+    rotary_key: torch.Tensor | None,
     *,
     seed: int,
     samples: int,
@@ -118,7 +127,8 @@ def _dispatch(
     implementation: str,
 ) -> torch.Tensor:
     """Run a validated decode step: the implementation of the operator, called directly in eager."""
-    decode = _implementation(query, key, value, estimator, implementation)
+    scored = softcap is not None or sinks is not None
+    decode = _implementation(query, key, value, rotary_key, scored, estimator, implementation)
     return decode(
         query,
         key,
@@ -141,27 +151,40 @@ torch.library.impl("santa_hf::decode", "default", _dispatch)
 
 
 def _implementation(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, estimator: str, kernel: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rotary_key: torch.Tensor | None,
+    scored: bool,
+    estimator: str,
+    kernel: str,
 ) -> Callable[..., torch.Tensor]:
-    """The function that computes one decode step.
+    """The function that computes one decode step; `scored` if scores have a soft cap or sinks.
 
     "auto" takes the Triton kernels on a CUDA device wherever they can run, at any length: it has to draw
     what the reference draws, which "prop" does, and below the crossover with dense attention (4k keys
     at batch 1 on an H100, eval/bench/results) the choice is `min_context`, not another kernel.
     """
+    parts: dict[str, Any] = {} if rotary_key is None else {"rotary_key": rotary_key}
     if kernel == "reference" or (kernel == "auto" and query.device.type != "cuda"):
-        return reference.decode
+        return partial(reference.decode, **parts)
     if importlib.util.find_spec("triton") is None:
         reason: str | None = "Triton is not installed"
-    else:
+    elif rotary_key is None:
         from .kernels import launch
 
         reason = launch.why_not(query, key, value)
         if reason is None:
             return launch.fused if kernel == "flash" or estimator == "dense" else launch.prop
+    else:
+        from .kernels import latent
+
+        reason = latent.why_not(query, key, value, rotary_key, kernel, scored)
+        if reason is None:
+            return partial(latent.dense if estimator == "dense" else latent.prop, **parts)
     if kernel != "auto":
         raise NotImplementedError(f"kernel={kernel!r} cannot run here: {reason}")
-    return reference.decode
+    return partial(reference.decode, **parts)
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -187,6 +210,7 @@ def _validate(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    rotary_key: torch.Tensor | None,
     samples: int,
     estimator: str,
     mask: torch.Tensor | None,
@@ -198,13 +222,15 @@ def _validate(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, int | torch.Tensor]:
     """Check every argument; returns mask as (1 or B, 1, 1, N), position and seed on query's device."""
     tensors = {"query": query, "key": key, "value": value}
+    if rotary_key is not None:
+        tensors["rotary_key"] = rotary_key
     for name, tensor in tensors.items():
         _tensor(name, tensor)
         if tensor.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
         if tensor.dtype not in _DTYPES or tensor.dtype != query.dtype:
             raise TypeError(
-                f"query, key and value must share one of {', '.join(map(str, _DTYPES))}; "
+                f"{', '.join(tensors)} must share one of {', '.join(map(str, _DTYPES))}; "
                 f"{name} has {tensor.dtype}, query {query.dtype}"
             )
         if tensor.device != query.device:
@@ -215,6 +241,13 @@ def _validate(
     kv_heads, length = key.shape[1:3]
     if queries != 1:
         raise ValueError(f"query must hold one token per row, (B, H, 1, D), got {queries} tokens")
+    if rotary_key is not None:
+        if not 0 < rotary_key.shape[3] < dim or rotary_key.shape[:3] != key.shape[:3]:
+            raise ValueError(
+                f"rotary_key must be ({batch}, {kv_heads}, {length}, Dr) with 0 < Dr < {dim}, "
+                f"got {tuple(rotary_key.shape)}"
+            )
+        dim -= rotary_key.shape[3]
     if key.shape != (batch, kv_heads, length, dim):
         raise ValueError(f"key must be ({batch}, KVH, N, {dim}), got {tuple(key.shape)}")
     if value.shape[:3] != key.shape[:3]:

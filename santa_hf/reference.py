@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -119,6 +120,16 @@ def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Ten
     return scores
 
 
+def _all_scores(
+    query: torch.Tensor, key: torch.Tensor, rotary_key: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """`_scores` of keys in one part, or of `key` and `rotary_key`, which share out query's columns."""
+    if rotary_key is None:
+        return _scores(query, key, scaling)
+    own, rotary = query.split([key.shape[-1], rotary_key.shape[-1]], -1)
+    return _scores(own, key, scaling).add_(_scores(rotary, rotary_key, scaling))
+
+
 def _visible_span(
     mask: torch.Tensor | None, batch: int, length: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,15 +152,19 @@ def _tiled_softmax(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     stash: bool = False,
+    rotary_key: torch.Tensor | None = None,
 ) -> _TiledSoftmax:
     batch, _, length, _ = key.shape
     first, span = _visible_span(mask, batch, length, key.device)
     if mask is None:
-        scores = _soft_capped(_scores(query, key, scaling), softcap)
+        scores = _soft_capped(_all_scores(query, key, rotary_key, scaling), softcap)
     else:
         # Score only what some row can see: unfilled slots of a static cache cost nothing.
         low, high = int(first.min()), max(int((first + span).max()), int(first.min()) + 1)
-        scores = _soft_capped(_scores(query, key[:, :, low:high], scaling), softcap)
+        if rotary_key is not None:
+            rotary_key = rotary_key[:, :, low:high]
+        scores = _all_scores(query, key[:, :, low:high], rotary_key, scaling)
+        scores = _soft_capped(scores, softcap)
         scores = scores.masked_fill_(~mask[..., low:high], -torch.inf)
         shift = first - low
         if bool(shift.any()):  # rows start at different keys: bring each first key to the front
@@ -278,6 +293,7 @@ def draw(
     sinks: torch.Tensor | None = None,
     allocation: Literal["global", "tile"] = "global",
     stash: bool = False,
+    rotary_key: torch.Tensor | None = None,
 ) -> Draws:
     """Draw value rows from the softmax of one decode step; arguments as in `santa_decode`.
 
@@ -292,7 +308,9 @@ def draw(
     tile_size, draw_points = (
         (TILE, _draw_global) if allocation == "global" else (FIXED_TILE, _draw_per_tile)
     )
-    softmax = _tiled_softmax(grouped, key, mask, scaling, tile_size, softcap, sinks, stash)
+    softmax = _tiled_softmax(
+        grouped, key, mask, scaling, tile_size, softcap, sinks, stash, rotary_key
+    )
     if position is None:
         position = softmax.first + softmax.span - 1
     head = torch.arange(head_offset, head_offset + heads, device=key.device)
@@ -360,12 +378,13 @@ def dense(
     mask: torch.Tensor | None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    rotary_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exact decode attention on grouped queries, without repeating heads: (B, H, 1, Dv)."""
     batch, heads, _, _ = query.shape
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], -1)
-    if softcap is not None or sinks is not None:
-        scores = _soft_capped(_scores(grouped, key, scaling), softcap)
+    if softcap is not None or sinks is not None or rotary_key is not None:
+        scores = _soft_capped(_all_scores(grouped, key, rotary_key, scaling), softcap)
         if mask is not None:
             scores = scores.masked_fill_(~mask, -torch.inf)
         if sinks is not None:
@@ -398,10 +417,22 @@ def decode(
     sinks: torch.Tensor | None = None,
     exact: torch.Tensor | None = None,
     allocation: Literal["global", "tile"] = "global",
+    rotary_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One decode step of any estimator; arguments and result as in `santa_decode`."""
+    exactly = partial(
+        dense,
+        query,
+        key,
+        value,
+        scaling=scaling,
+        mask=mask,
+        softcap=softcap,
+        sinks=sinks,
+        rotary_key=rotary_key,
+    )
     if estimator == "dense" or (exact is not None and bool(exact.all())):
-        return dense(query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
+        return exactly()
     draws = draw(
         query,
         key,
@@ -416,9 +447,9 @@ def decode(
         softcap=softcap,
         sinks=sinks,
         allocation=allocation,
+        rotary_key=rotary_key,
     )
     out = average(value, draws).to(query.dtype)
     if exact is not None and bool(exact.any()):
-        row = dense(query, key, value, scaling=scaling, mask=mask, softcap=softcap, sinks=sinks)
-        out = torch.where(exact.view(-1, 1, 1, 1), row, out)
+        out = torch.where(exact.view(-1, 1, 1, 1), exactly(), out)
     return out

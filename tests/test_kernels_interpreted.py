@@ -1,4 +1,4 @@
-"""Runs test_kernels.py on the CPU, in a process whose Triton interprets its kernels."""
+"""Runs the tests of kernels on the CPU, in a process whose Triton interprets its kernels."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import torch
 import santa_hf
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_kernels.py runs on the GPU itself")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", ["test_kernels.py", "test_latent_kernels.py"])
+def test_kernels_in_the_interpreter(file: str) -> None:
     # Triton decides when it is imported, and this process may have imported it.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("test_kernels.py"))],
+        [*command, str(Path(__file__).with_name(file))],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

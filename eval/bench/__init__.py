@@ -12,6 +12,7 @@ BENCHMARKS = {
     "reference": Command("eval.bench.reference", "the CPU path against SDPA"),
     "decode": Command("eval.bench.decode", "milliseconds per token of generate on a GPU"),
     "kernels": Command("eval.bench.kernels", "the Triton kernels against dense ones on a GPU"),
+    "mla": Command("eval.bench.mla", "latent attention (DeepSeek): expanded, absorbed, sampled"),
 }
 
 

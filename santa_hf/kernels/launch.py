@@ -22,7 +22,7 @@ from .flash import flash_kernel
 from .sample import sample_kernel
 from .scores import scores_kernel
 
-__all__ = ["fused", "prop", "scores", "why_not"]
+__all__ = ["fused", "prop", "sample", "scores", "why_not"]
 
 # The integer prefix of pass 2 holds N * 2**40 in an int64.
 MAX_LENGTH = 2**23 - 1
@@ -132,20 +132,50 @@ def prop(
 
     `index`, int64 (B, H, samples), receives the keys drawn, -1 where a draw fell on the sink.
     """
-    batch, heads = query.shape[:2]
-    kv_heads, length, value_dim = value.shape[1:]
-    mask, span = _visible(mask, batch, position is None)
-    stash, top, total, done = scores(
+    mask, span = _visible(mask, query.shape[0], position is None)
+    weights = scores(
         query, key, scaling=scaling, mask=mask, span=span, exact=exact, softcap=softcap
     )
-    out = query.new_empty(batch, heads, 1, value_dim)
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    sample(
+        value, span, weights, out, samples=samples, estimator=estimator, seed=seed, layer=layer,
+        position=position, head_offset=head_offset, sinks=sinks, exact=exact, index=index,
+    )  # fmt: skip
+    if exact is not None:
+        _dense(
+            query, key, value, out, mask, span, scaling=scaling, softcap=softcap, sinks=sinks,
+            only=exact,
+        )  # fmt: skip
+    return out
+
+
+def sample(
+    value: torch.Tensor,
+    span: torch.Tensor | None,
+    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    *,
+    samples: int,
+    estimator: str,
+    seed: int | torch.Tensor,
+    layer: int,
+    position: torch.Tensor | None,
+    head_offset: int,
+    sinks: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+) -> None:
+    """Pass 2, see `sample_kernel`: draws from the `weights` that `scores` left, into `out`."""
+    stash, top, total, done = weights
+    batch, heads = out.shape[:2]
+    kv_heads, length, value_dim = value.shape[1:]
     blocks = _sample_blocks(samples, top.shape[2])
     chunks = triton.cdiv(samples, blocks["BLOCK_S"])
     partial = out
     if chunks > 1:
         partial = out.new_empty(batch * heads * chunks * value_dim, dtype=torch.float32)
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
-    with _device(query):
+    with _device(out):
         sample_kernel[(chunks, heads, batch)](
             value, span, _bytes(exact), _contiguous(sinks), row_seed, _per_row(position, batch),
             stash, top, total, done, partial, index, out,
@@ -169,14 +199,8 @@ def prop(
             ALIGN=_alignment(value),
             BLOCK_DV=_block_of(value_dim),
             **blocks,
-            **_dependent(query.device),
+            **_dependent(out.device),
         )  # fmt: skip
-    if exact is not None:
-        _dense(
-            query, key, value, out, mask, span, scaling=scaling, softcap=softcap, sinks=sinks,
-            only=exact,
-        )  # fmt: skip
-    return out
 
 
 def fused(

@@ -1,0 +1,447 @@
+"""Decode attention over latents, for multi-head latent attention (MLA, arXiv 2405.04434, section 2.1).
+
+All query heads share one latent per token, c (N, R), and one rotary key (N, E). With the up-projections
+absorbed into the query and the output, a latent is its own value:
+
+    s = (q c^T + q_rot k_rot^T) * scale,    o = softmax(s) c
+
+`latent_kernel` is exact attention, split along the keys: each latent is read once for a block of up to
+64 heads, and serves both products. `latent_scores_kernel` is pass 1 of the sampled step: it leaves what
+`scores_kernel` leaves, and pass 2 draws rows of c as it draws rows of V.
+"""
+
+# ruff: noqa: N803, SIM102, SIM108 (constants of a kernel are capitals, and a condition on one stands
+# alone, so that the other side is not compiled; Triton has no conditional expression over two shapes)
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference import TILE
+from . import launch
+from .common import LOG2E, log2_weights, weight_units
+from .dense import combine_kernel
+
+__all__ = ["dense", "prop", "scores", "why_not"]
+
+MAX_HEADS = 128
+MAX_RANK = 512
+MAX_ROTARY = 128
+
+# Measured on an H100, see eval/bench/results/mla.md. None of them changes a draw.
+HEAD_BLOCK = 64  # heads of a program: 128 of them times a rank of 512 fill the whole register file
+# By heads of a program: keys of a tile, warps, stages, and programs a multiprocessor that splits aim at.
+KEY_BLOCK = {16: (64, 8, 3, 1), 32: (64, 8, 2, 1), 64: (64, 8, 2, 1)}
+SCORE_COLUMNS, SCORE_WARPS, SCORE_STAGES = 64, 8, 3
+COMBINE_COLUMNS, COMBINE_WARPS = 128, 2
+
+
+@triton.jit(
+    do_not_specialize=["N", "stride_qb", "stride_qh", "stride_cb", "stride_eb", "stride_mb"]
+)
+def latent_kernel(
+    p_query,  # (B, H, 1, R + E)
+    p_latent,  # (B, 1, N, R)
+    p_rotary,  # (B, 1, N, E)
+    p_mask,  # (B, N) uint8
+    p_span,  # (B, 2) int32, of `span_kernel`
+    p_only,  # (B,) uint8, zero for rows that are left alone
+    p_partial,  # (B, H, splits, R) float32
+    p_top,  # (B, H, splits) float32
+    p_mass,  # (B, H, splits) float32
+    scale: tl.float32,
+    N: tl.int32,
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_cb: tl.int64,
+    stride_eb: tl.int64,
+    stride_mb: tl.int64,
+    STRIDE_CN: tl.constexpr,
+    STRIDE_EN: tl.constexpr,
+    STRIDE_MN: tl.constexpr,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    E: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_ONLY: tl.constexpr,
+    ALIGN_Q: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    ALIGN_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One split of the keys for a block of heads; grid (splits * blocks of heads, B).
+
+    A split is a share of the keys between the row's first and last visible one. Blocks of heads are
+    neighbours in the grid, so that they find a latent in L2 together.
+    """
+    HEAD_BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    i_split, i_block = tl.program_id(0) // HEAD_BLOCKS, tl.program_id(0) % HEAD_BLOCKS
+    splits, i_b = tl.num_programs(0) // HEAD_BLOCKS, tl.program_id(1).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if HAS_ONLY:
+        if tl.load(p_only + i_b) == 0:
+            return
+    o_h, o_n = i_block * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
+    o_r, o_e = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
+    in_h, in_r, in_e = o_h < H, o_r < R, o_e < E
+
+    start, stop = 0 * N, N
+    if HAS_MASK:
+        p_mask += i_b * stride_mb
+        start = tl.load(p_span + 2 * i_b)
+        stop = tl.load(p_span + 2 * i_b + 1) + 1
+    tiles = (stop - start + BLOCK_N - 1) // BLOCK_N
+    split_keys = (tiles + splits - 1) // splits * BLOCK_N
+    start += i_split * split_keys
+    stop = min(stop, start + split_keys)
+
+    p_query += tl.multiple_of(i_b * stride_qb, ALIGN_Q)
+    o_query = tl.multiple_of(o_h * stride_qh, ALIGN_Q)[:, None]
+    b_q = tl.load(p_query + o_query + o_r[None, :], mask=in_h[:, None] & in_r[None, :], other=0.0)
+    b_q_rot = tl.load(
+        p_query + o_query + R + o_e[None, :], mask=in_h[:, None] & in_e[None, :], other=0.0
+    )
+    p_latent += tl.multiple_of(i_b * stride_cb, ALIGN_C)
+    p_rotary += tl.multiple_of(i_b * stride_eb, ALIGN_E)
+    o_latent = o_n[:, None] * STRIDE_CN + o_r[None, :]
+    o_rotary = o_n[:, None] * STRIDE_EN + o_e[None, :]
+
+    b_out = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
+    b_top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    b_mass = tl.zeros([BLOCK_H], tl.float32)
+    for i_tile in tl.range(0, (stop - start + BLOCK_N - 1) // BLOCK_N):
+        n = start + i_tile * BLOCK_N
+        in_n = o_n < stop - n
+        visible = in_n
+        if HAS_MASK:
+            o_mask = (n + o_n).to(tl.int64) * STRIDE_MN
+            visible = in_n & (tl.load(p_mask + o_mask, mask=in_n, other=0) != 0)
+        # Rows hidden between visible ones are read all the same: loads that wait for the mask would not
+        # be prefetched. As in SDPA, a NaN there is multiplied by zero.
+        if R == BLOCK_R:
+            b_rows = in_n[:, None]
+        else:
+            b_rows = in_n[:, None] & in_r[None, :]
+        p_tile = p_latent + n.to(tl.int64) * STRIDE_CN
+        b_c = tl.load(p_tile + o_latent, mask=b_rows, other=0.0)
+        if E == BLOCK_E:
+            b_rows = in_n[:, None]
+        else:
+            b_rows = in_n[:, None] & in_e[None, :]
+        p_tile = p_rotary + n.to(tl.int64) * STRIDE_EN
+        b_k_rot = tl.load(p_tile + o_rotary, mask=b_rows, other=0.0)
+        if n < stop:
+            # Always so, which the compiler does not know. It gives a product that feeds another whole
+            # rows of heads in every warp, and warps beyond the rows would repeat each other's work;
+            # behind a branch it divides the scores among all warps. The two parts are scaled apart,
+            # or they would be chained into one.
+            b_dot = tl.dot(b_q_rot, tl.trans(b_k_rot)) * scale + tl.dot(b_q, tl.trans(b_c)) * scale
+            b_s = log2_weights(b_dot, visible[None, :], 1.0, 0.0, False)  # [BLOCK_H, BLOCK_N]
+            b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
+            b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_rescale = tl.exp2(b_top - b_level)
+            b_p = tl.exp2(b_s - b_level[:, None])
+            b_mass = b_mass * b_rescale + tl.sum(b_p, axis=1)
+            b_top = b_new
+            b_weight = b_p.to(b_c.dtype)
+        else:
+            # Never run. A constant here would be laid out in shared memory, of which there is none left.
+            b_rescale = b_mass
+            b_weight = tl.dot(b_q_rot, tl.trans(b_k_rot)).to(b_c.dtype)
+        b_out = tl.dot(b_weight, b_c, b_out * b_rescale[:, None])
+
+    o_split = (i_b * H + o_h) * splits + i_split
+    tl.store(
+        p_partial + o_split[:, None] * R + o_r[None, :], b_out, mask=in_h[:, None] & in_r[None, :]
+    )
+    tl.store(p_top + o_split, b_top, mask=in_h)
+    tl.store(p_mass + o_split, b_mass, mask=in_h)
+
+
+@triton.jit(
+    do_not_specialize=["N", "stride_qb", "stride_qh", "stride_cb", "stride_eb", "stride_mb"]
+)
+def latent_scores_kernel(
+    p_query,  # (B, H, 1, R + E)
+    p_latent,  # (B, 1, N, R)
+    p_rotary,  # (B, 1, N, E)
+    p_mask,  # (B, N) uint8
+    p_span,  # (B, 2) int32, of `span_kernel`
+    p_exact,  # (B,) uint8, rows that are not drawn from
+    p_stash,  # (B, 1, n_tiles, H, TILE) fp16
+    p_top,  # (B, H, n_tiles) float32
+    p_total,  # (B, H, n_tiles) int32
+    p_done,  # (B, H) int32, zeroed here for pass 2
+    scale: tl.float32,
+    N: tl.int32,
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_cb: tl.int64,
+    stride_eb: tl.int64,
+    stride_mb: tl.int64,
+    STRIDE_CN: tl.constexpr,
+    STRIDE_EN: tl.constexpr,
+    STRIDE_MN: tl.constexpr,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    E: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_EXACT: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGN_Q: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    ALIGN_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rounded weights of one tile for all heads, as `scores_kernel` leaves them; grid (n_tiles, B)."""
+    i_tile, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n_tiles = tl.num_programs(0)
+    o_t, o_h, o_d = tl.arange(0, TILE), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    in_h = o_h < H
+    o_tile = (i_b * H + o_h) * n_tiles + i_tile
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if HAS_EXACT:
+        if tl.load(p_exact + i_b) != 0:
+            return
+    if i_tile == 0:
+        tl.store(p_done + i_b * H + o_h, tl.zeros([BLOCK_H], tl.int32), mask=in_h)
+
+    start = i_tile * TILE
+    visible = o_t < N - start
+    if HAS_MASK:
+        p_mask += i_b * stride_mb
+        start += tl.load(p_span + 2 * i_b)
+        visible = o_t < N - start
+        o_mask = (start + o_t).to(tl.int64) * STRIDE_MN
+        visible = visible & (tl.load(p_mask + o_mask, mask=visible, other=0) != 0)
+        if tl.max(visible.to(tl.int32), axis=0) == 0:
+            tl.store(p_top + o_tile, tl.full([BLOCK_H], float("-inf"), tl.float32), mask=in_h)
+            tl.store(p_total + o_tile, tl.zeros([BLOCK_H], tl.int32), mask=in_h)
+            return
+
+    p_query += tl.multiple_of(i_b * stride_qb, ALIGN_Q)
+    o_query = tl.multiple_of(o_h * stride_qh, ALIGN_Q)[:, None] + o_d[None, :]
+    p_latent += tl.multiple_of(i_b * stride_cb, ALIGN_C) + start.to(tl.int64) * STRIDE_CN
+    p_rotary += tl.multiple_of(i_b * stride_eb, ALIGN_E) + start.to(tl.int64) * STRIDE_EN
+    o_latent = o_t[:, None] * STRIDE_CN + o_d[None, :]
+    o_rotary = o_t[:, None] * STRIDE_EN + o_d[None, :]
+    b_dot = tl.zeros([TILE, BLOCK_H], tl.float32)
+    for d in tl.range(0, R, BLOCK_D):
+        in_d = (d + o_d < R)[None, :]
+        b_q = tl.load(p_query + o_query + d, mask=in_h[:, None] & in_d, other=0.0)
+        b_c = tl.load(p_latent + o_latent + d, mask=visible[:, None] & in_d, other=0.0)
+        b_dot = tl.dot(b_c, tl.trans(b_q), b_dot)
+    for d in tl.static_range(0, E, BLOCK_D):
+        in_d = (d + o_d < E)[None, :]
+        b_q = tl.load(p_query + R + o_query + d, mask=in_h[:, None] & in_d, other=0.0)
+        b_k = tl.load(p_rotary + o_rotary + d, mask=visible[:, None] & in_d, other=0.0)
+        b_dot = tl.dot(b_k, tl.trans(b_q), b_dot)
+
+    b_s = log2_weights(tl.trans(b_dot), visible[None, :], scale, 0.0, False)  # [BLOCK_H, TILE]
+    b_top = tl.max(b_s, axis=1)
+    b_weight = tl.exp2(b_s - tl.where(b_top == float("-inf"), 0.0, b_top)[:, None])
+    b_weight = b_weight.to(tl.float16)
+    b_total = tl.sum(weight_units(b_weight.to(tl.float32)), axis=1)
+    b_total = tl.where(b_top == float("inf"), 1, b_total)
+    o_stash = ((i_b * n_tiles + i_tile) * H + o_h)[:, None] * TILE + o_t[None, :]
+    tl.store(p_stash + o_stash, b_weight, mask=in_h[:, None], eviction_policy="evict_last")
+    tl.store(p_top + o_tile, b_top, mask=in_h)
+    tl.store(p_total + o_tile, b_total, mask=in_h)
+
+
+def why_not(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rotary_key: torch.Tensor,
+    kernel: str = "prop",
+    scored: bool = False,
+) -> str | None:
+    """Why these kernels cannot run on a step, in the words of an error; None if they can.
+
+    `scored` says that scores are soft-capped or joined by sinks, which no latent attention has.
+    """
+    if kernel == "flash":
+        return "there is no one-pass sampling kernel over latents"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"Triton kernels over latents take 16-bit floats, and query is {query.dtype}"
+    if scored:
+        return "Triton kernels over latents have neither soft caps nor sinks"
+    if value.data_ptr() != key.data_ptr() or value.stride() != key.stride():
+        return "with a rotary key, Triton kernels take only latents: keys that are their own values"
+    if key.shape[1] != 1 or query.shape[1] > MAX_HEADS:
+        return f"Triton kernels over latents take one KV head and up to {MAX_HEADS} query heads"
+    if key.shape[3] > MAX_RANK or rotary_key.shape[3] > MAX_ROTARY:
+        return f"Triton kernels over latents take up to {MAX_RANK} + {MAX_ROTARY} columns"
+    return launch.why_not(query, key, value)
+
+
+def dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    rotary_key: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None,
+    **_: object,
+) -> torch.Tensor:
+    """Exact attention over latents: `key` is also the value, and the rest as in `santa_decode`."""
+    out = query.new_empty(*query.shape[:3], key.shape[3])
+    mask, span = launch._visible(mask, query.shape[0], True)
+    _dense(query, key, rotary_key, out, mask, span, scaling=scaling, only=None)
+    return out
+
+
+def prop(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    rotary_key: torch.Tensor,
+    samples: int,
+    estimator: str,
+    scaling: float,
+    mask: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    layer: int,
+    position: torch.Tensor | None,
+    head_offset: int = 0,
+    exact: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+    **_: object,
+) -> torch.Tensor:
+    """One sampled step over latents in two passes; arguments as in `launch.prop`."""
+    mask, span = launch._visible(mask, query.shape[0], True)
+    weights = scores(
+        query, key, rotary_key=rotary_key, scaling=scaling, mask=mask, span=span, exact=exact
+    )
+    out = query.new_empty(*query.shape[:3], key.shape[3])
+    launch.sample(
+        value, span, weights, out, samples=samples, estimator=estimator, seed=seed, layer=layer,
+        position=position, head_offset=head_offset, exact=exact, index=index,
+    )  # fmt: skip
+    if exact is not None:
+        _dense(query, key, rotary_key, out, mask, span, scaling=scaling, only=exact)
+    return out
+
+
+def _dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    rotary_key: torch.Tensor,
+    out: torch.Tensor,
+    mask: torch.Tensor | None,
+    span: torch.Tensor | None,
+    *,
+    scaling: float,
+    only: torch.Tensor | None,
+) -> None:
+    """Exact attention for the rows of `out` that `only`, bool (B,), names; None for all.
+
+    Splits are shared out by batch and heads together, such that programs fill the GPU once: a program
+    writes 4 R bytes a head whatever it reads, and with splits by length alone these would outweigh the
+    latents in a batch. So outputs may differ in rounding from those of another batch size.
+    """
+    batch, heads = query.shape[:2]
+    length, rank = key.shape[2:]
+    block_h = min(HEAD_BLOCK, max(16, triton.next_power_of_2(heads)))
+    block_r, block_e = (max(16, triton.next_power_of_2(x.shape[3])) for x in (key, rotary_key))
+    block_n, warps, stages, waves = KEY_BLOCK[block_h]
+    row_bytes = (block_r + block_e) * query.element_size()
+    free = launch._shared_memory(query.device) + 16 * 1024 - block_h * row_bytes
+    stages = max(1, min(stages, free // (block_n * row_bytes)))
+    blocks = triton.cdiv(heads, block_h)
+    splits = max(1, waves * launch._processors(query.device) // (blocks * batch))
+    splits = min(splits, triton.cdiv(length, block_n))
+    partial, top, mass = launch._partials(out, splits)
+    columns = min(block_r, COMBINE_COLUMNS)
+    with launch._device(query):
+        latent_kernel[(splits * blocks, batch)](
+            query, key, rotary_key, mask, span, launch._bytes(only), partial, top, mass,
+            scaling * LOG2E, length,
+            query.stride(0), query.stride(1), key.stride(0), rotary_key.stride(0),
+            launch._mask_stride(mask, 0),
+            STRIDE_CN=key.stride(2),
+            STRIDE_EN=rotary_key.stride(2),
+            STRIDE_MN=launch._mask_stride(mask, 1),
+            H=heads,
+            R=rank,
+            E=rotary_key.shape[3],
+            HAS_MASK=mask is not None,
+            HAS_ONLY=only is not None,
+            ALIGN_Q=launch._alignment(query),
+            ALIGN_C=launch._alignment(key),
+            ALIGN_E=launch._alignment(rotary_key),
+            BLOCK_H=block_h,
+            BLOCK_N=block_n,
+            BLOCK_R=block_r,
+            BLOCK_E=block_e,
+            num_warps=warps,
+            num_stages=stages,
+            **launch._dependent(query.device),
+        )  # fmt: skip
+        combine_kernel[(triton.cdiv(rank, columns), heads, batch)](
+            partial, top, mass, launch._bytes(only), None, out, splits,
+            DV=rank,
+            HAS_ONLY=only is not None,
+            HAS_SINKS=False,
+            BLOCK_DV=columns,
+            num_warps=COMBINE_WARPS,
+            **launch._dependent(query.device),
+        )  # fmt: skip
+
+
+def scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    rotary_key: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None,
+    span: torch.Tensor | None,
+    exact: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pass 1 over latents; arguments and results as in `launch.scores`."""
+    batch, heads = query.shape[:2]
+    length, rank = key.shape[2:]
+    n_tiles, device = triton.cdiv(length, TILE), query.device
+    stash = torch.empty((batch, 1, n_tiles, heads, TILE), dtype=torch.float16, device=device)
+    top = torch.empty((batch, heads, n_tiles), dtype=torch.float32, device=device)
+    total = torch.empty((batch, heads, n_tiles), dtype=torch.int32, device=device)
+    done = torch.empty((batch, heads), dtype=torch.int32, device=device)
+    with launch._device(query):
+        latent_scores_kernel[(n_tiles, batch)](
+            query, key, rotary_key, mask, span, launch._bytes(exact), stash, top, total, done,
+            scaling * LOG2E, length,
+            query.stride(0), query.stride(1), key.stride(0), rotary_key.stride(0),
+            launch._mask_stride(mask, 0),
+            STRIDE_CN=key.stride(2),
+            STRIDE_EN=rotary_key.stride(2),
+            STRIDE_MN=launch._mask_stride(mask, 1),
+            H=heads,
+            R=rank,
+            E=rotary_key.shape[3],
+            HAS_MASK=mask is not None,
+            HAS_EXACT=exact is not None,
+            TILE=TILE,
+            ALIGN_Q=launch._alignment(query),
+            ALIGN_C=launch._alignment(key),
+            ALIGN_E=launch._alignment(rotary_key),
+            BLOCK_H=max(16, triton.next_power_of_2(heads)),
+            BLOCK_D=SCORE_COLUMNS,
+            num_warps=SCORE_WARPS,
+            num_stages=SCORE_STAGES,
+            **launch._dependent(device),
+        )  # fmt: skip
+    return stash, top, total, done
