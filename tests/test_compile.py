@@ -130,5 +130,7 @@ def test_the_operator_keeps_its_schema(estimator: str) -> None:
     }
     rows = torch.tensor([3, 4])
     exact = torch.tensor([True, False])
-    for optional in ((None,) * 5, (mask, rows, rows, torch.randn(6), exact)):
+    for optional in ((None,) * 6, (mask, rows, rows, torch.randn(6), exact, None)):
         torch.library.opcheck(operator, (query, key, value, *optional), settings)
+    parts = (key[..., :10].contiguous(), value, *(None,) * 5, torch.randn(2, 3, 40, 6))
+    torch.library.opcheck(operator, (query, *parts), settings)

@@ -42,9 +42,7 @@ BATCHES = (1, 8, 32)
 CONTEXTS = (32768, 4096)
 SAMPLES = (128, 512)
 REPLAYS = 40
-SECONDS = (
-    0.5  # that one implementation on one shape is timed for at most, but five replays at least
-)
+SECONDS = 0.5  # one implementation on one shape is timed for no longer, but five replays at least
 
 
 class Inputs(NamedTuple):
