@@ -169,16 +169,17 @@ def _top_k_attention(
     batch, heads, _, dim = query.shape
     kv_heads, length = key.shape[1:3]
     # (B, KVH, G, D) against (B, KVH, N, D): scores (B, KVH, G, N)
-    grouped = query.view(batch, kv_heads, heads // kv_heads, dim).float()
-    # In float32: 16-bit scores would round the ranking, which the kernels of santa do not.
-    scores = (grouped @ key.float().transpose(2, 3)) * (dim**-0.5 if scaling is None else scaling)
+    # In float32 at least: 16-bit scores would round the ranking, which the kernels of santa do not.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.view(batch, kv_heads, heads // kv_heads, dim).to(wide)
+    scores = (grouped @ key.to(wide).transpose(2, 3)) * (dim**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores.masked_fill_(~attention_mask, -torch.inf)
     top, index = scores.topk(min(k, length), dim=-1)
     weights = top.softmax(-1)
     rows = index.flatten(2)[..., None].expand(-1, -1, -1, value.shape[-1])
     chosen = value.gather(2, rows).view(*index.shape, value.shape[-1])
-    out_heads = (weights[..., None] * chosen.float()).sum(-2)
+    out_heads = (weights[..., None] * chosen.to(wide)).sum(-2)
     if counting_value_rows():
         read = torch.zeros(batch, kv_heads, length, dtype=torch.bool, device=query.device)
         read.scatter_(2, index.flatten(2), top.isfinite().flatten(2))

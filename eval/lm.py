@@ -20,7 +20,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate import PartialState
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -33,6 +32,7 @@ from . import data
 from .arms import DENSE, arms_from_settings, check_device, use_arm
 from .cli import CommandError
 from .decode import Prefix, generate, has_plain_cache, score
+from .processes import device_name, processes
 
 __all__ = ["Request", "SantaLM", "batches", "dense_attention", "main"]
 
@@ -141,21 +141,22 @@ class SantaLM(HFLM):  # type: ignore[misc]
             settings = {"config": config, **settings}
         try:
             self.arm = arms_from_settings({"santa": settings})["santa"]
-            check_device(self.arm, str(kwargs.get("device", "cuda" if _has_cuda() else "cpu")))
+            check_device(self.arm, device_name(kwargs.get("device")))
         except (OSError, TypeError, ValueError) as error:
             raise CommandError(str(error)) from error
         if attention == "dense":
             self.arm = DENSE
         self.window = window
+        # lm-eval takes the rank within a machine, and only if it sees several GPUs.
+        self._processes = processes(kwargs.get("device"))
         super().__init__(pretrained, **kwargs, **changed_config(pretrained, model_config, kwargs))
         if kwargs.get("peft"):
             # Merged, the adapter costs nothing at a decode step.
             self._model: PreTrainedModel = self.model.merge_and_unload()
         self._model.requires_grad_(False)
         self.dense = dense_attention(self.model)
-        # lm-eval takes the rank within a machine, and only if it sees several GPUs.
-        state = PartialState()
-        self._rank, self._world_size = state.process_index, state.num_processes
+        self._rank = self._processes.process_index
+        self._world_size = self._processes.num_processes
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of every process, concatenated; a number becomes a vector."""
@@ -163,11 +164,11 @@ class SantaLM(HFLM):  # type: ignore[misc]
             return tensor
         from accelerate.utils import gather
 
-        return gather(tensor.to(PartialState().device))
+        return gather(tensor.to(self._processes.device))
 
     def barrier(self) -> None:
         """Wait for every process."""
-        PartialState().wait_for_everyone()
+        self._processes.wait_for_everyone()
 
     # Requests
 
@@ -346,10 +347,6 @@ def changed_config(
             raise CommandError(f"the config of {pretrained} has no {name!r}")
         setattr(config, name, value)
     return {"config": config}
-
-
-def _has_cuda() -> bool:
-    return torch.cuda.is_available()
 
 
 def main(prog: str, argv: Sequence[str]) -> None:

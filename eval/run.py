@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
@@ -31,6 +30,7 @@ from . import data, provenance, results
 from .arms import check_device, use_arm
 from .cli import CommandError
 from .decode import Decoded, Prefix, count_value_rows
+from .processes import device_name, processes
 from .results import Arm, Counters, Header, Result
 from .suite import SUITES, Suite, find_suite
 from .tasks import Documents, Response, load_documents
@@ -116,15 +116,17 @@ def run(
         OSError: a result cannot be written; those written before are still there.
     """
     started = time.monotonic()
+    _check_device(options.device)
     for arm in suite.made_arms().values():
         try:
             check_device(arm, options.device)
         except ValueError as error:
             raise CommandError(str(error)) from error
+    state = processes(options.device)
     header = _header(model, suite)
     done = _open(directory, header)
     tokenizer = _tokenizer(model)
-    _check_lengths(model, suite)
+    _check_model(model, suite)
     works = []
     for settings in suite.tasks:
         for documents in load_documents(
@@ -139,7 +141,6 @@ def run(
             _check_documents(documents, directory, done)
             if missing:
                 works.append(_Work(documents, missing))
-    state = PartialState()
     if works:
         _run_all(model, suite, directory, options, header, works, started)
     state.wait_for_everyone()
@@ -155,10 +156,10 @@ def _run_all(
     works: Sequence[_Work],
     started: float,
 ) -> None:
-    state = PartialState()
+    state = processes()
     lm = _load(model, suite, options)
     header = replace(
-        header, provenance=header.provenance | _model_provenance(lm, model, options, state)
+        header, provenance=header.provenance | _model_provenance(lm, model, state.num_processes)
     )
     if state.is_main_process:
         results.save_header(directory, header)
@@ -187,7 +188,7 @@ class _TaskRunner:
     """Runs the arms of one task on this process's share of its documents."""
 
     def __init__(self, lm: Any, work: _Work, options: Options, header: Header) -> None:
-        state = PartialState()
+        state = processes()
         self.lm, self.work, self.options, self.header = lm, work, options, header
         self.stopped = False
         documents = work.documents
@@ -208,7 +209,7 @@ class _TaskRunner:
     def results(self, bar: Any, deadline: float | None) -> Iterator[Result]:
         """Results in the order in which they are finished, whole in the first process."""
         progress = {(arm.name, seed): _Progress() for arm, seed in self.work.missing}
-        state = PartialState()
+        state = processes()
         options = self.options
         prefill_seconds = 0.0
         batches = self.lm.batched(self.requests, options.batch_size, options.batch_tokens)
@@ -278,7 +279,7 @@ class _TaskRunner:
         self, arm: Arm, seed: int, mine: _Progress, prefill_seconds: float
     ) -> Result | None:
         """The result of all processes, in the first one; None in others."""
-        state = PartialState()
+        state = processes()
         shares = gather_object([(mine, prefill_seconds)])
         if not state.is_main_process:
             return None
@@ -326,7 +327,7 @@ class _TaskRunner:
         of them may be, the others' clocks are not asked."""
         if deadline is None or self.stopped:
             return self.stopped
-        state = PartialState()
+        state = processes()
         if state.num_processes == 1:
             self.stopped = time.monotonic() > deadline
         elif collective:
@@ -414,9 +415,29 @@ def _tokenizer(model: dict[str, Any]) -> Any:
         raise CommandError(f"{model['name']} has no tokenizer: {error}") from error
 
 
-def _check_lengths(model: dict[str, Any], suite: Suite) -> None:
+def _check_device(device: str) -> None:
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise CommandError(f"device {device!r} is none that torch knows") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise CommandError(f"device {device!r}: torch sees {torch.cuda.device_count()} GPUs")
+
+
+def _check_model(model: dict[str, Any], suite: Suite) -> None:
+    """Refuse a model, or what is to be done with it, as far as its configuration tells."""
+    from peft import PeftConfig
+
     from .lm import changed_config
 
+    dtype = model.get("dtype") or "auto"
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise CommandError(f"dtype must be auto or the name of a torch dtype, got {dtype!r}")
+    if model.get("adapter"):
+        try:
+            PeftConfig.from_pretrained(model["adapter"])
+        except (OSError, TypeError, ValueError) as error:
+            raise CommandError(f"{model['adapter']} holds no adapter: {error}") from error
     try:
         changed = changed_config(model["name"], model.get("model_config"), _revision(model))
         config = changed.get("config") or AutoConfig.from_pretrained(
@@ -460,14 +481,12 @@ def _load(model: dict[str, Any], suite: Suite, options: Options) -> Any:
     )
 
 
-def _model_provenance(
-    lm: Any, model: dict[str, Any], options: Options, state: PartialState
-) -> dict[str, Any]:
+def _model_provenance(lm: Any, model: dict[str, Any], count: int) -> dict[str, Any]:
     cuda = lm.device.type == "cuda"
     return {
         "versions": provenance.versions(_PACKAGES),
         "device": torch.cuda.get_device_name() if cuda else provenance.cpu_model(),
-        "processes": state.num_processes,
+        "processes": count,
         "threads": torch.get_num_threads(),
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "dense_attention": lm.dense,
@@ -548,7 +567,7 @@ def _arguments(prog: str, argv: Sequence[str]) -> argparse.Namespace:
     )
     add(
         "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        default=device_name(None),
         help="default: %(default)s",
     )
     add(
