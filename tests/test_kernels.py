@@ -454,6 +454,18 @@ def test_padding_batch_and_strides_change_no_bit(kernel: str) -> None:
     assert torch.equal(both[1:], alone)
 
 
+@pytest.mark.parametrize("mask", ["both", "holes"])
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_hidden_rows_may_hold_anything(kernel: str, mask: str) -> None:
+    query, key, value, keywords = case((2, 6, 2, 300, 64, 40, F16), mask=mask)
+    clean = run(kernel, query, key, value, **keywords)
+    hidden = ~keywords["mask"].transpose(-1, -2)
+    for states in (key, value):
+        states.masked_fill_(hidden, torch.nan)
+    spoiled = run(kernel, query, key, value, **keywords)
+    assert torch.equal(spoiled, clean)
+
+
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_rows_without_a_key_are_zero_and_nan_spreads(kernel: str) -> None:
     query, key, value, keywords = case((3, 4, 2, 300, 32, 32, F32))

@@ -132,7 +132,7 @@ def prop(
 
     `index`, int64 (B, H, samples), receives the keys drawn, -1 where a draw fell on the sink.
     """
-    mask, span = _visible(mask, query.shape[0], position is None)
+    mask, span = _visible(mask, query.shape[0], position is None or exact is not None)
     weights = scores(
         query, key, scaling=scaling, mask=mask, span=span, exact=exact, softcap=softcap
     )
@@ -223,7 +223,7 @@ def fused(
     """One decode step in one pass, exact or with a fixed budget per tile; as in `santa_decode`."""
     batch, heads = query.shape[:2]
     out = query.new_empty(batch, heads, 1, value.shape[-1])
-    mask, span = _visible(mask, batch, estimator != "dense")
+    mask, span = _visible(mask, batch, True)
     if estimator == "dense":
         exact = None
     else:
