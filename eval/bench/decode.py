@@ -229,7 +229,7 @@ def _filled(model: PreTrainedModel, static: bool, batch: int, context: int) -> C
 def _settle(model: PreTrainedModel) -> None:
     """Decode until steps no longer get faster: the first seconds of a process load libraries."""
     times = [float("inf")]
-    for _ in range(12):
+    for _ in range(6):
         times.append(measure(model, ARMS[0], 1, FLOOR_CONTEXT, 8)["ms_p50"])
         if times[-1] > 0.97 * min(times[:-1]):
             break
