@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ def test_decode_benchmark(tmp_path: Path) -> None:
 def test_kernels_are_told_apart() -> None:
     for name, kind in {
         "scores_kernel": "attention",
+        "dense_kernel": "attention",
         "void at::native::(anonymous namespace)::CatArrayBatchedCopy": "cache",
         "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": "weights",
         "gemv2T_kernel_val": "weights",
@@ -41,6 +43,25 @@ def test_kernels_are_told_apart() -> None:
         "pytorch_flash::flash_fwd_splitkv_kernel": "attention",
     }.items():
         assert decode._class_of(name) == kind, name
+
+
+def test_kernels_that_wait_are_not_counted_twice() -> None:
+    """(name, start, stop) in ns: the second is launched early and waits for the first."""
+    spans = [("sgemm", 0, 100), ("scores_kernel", 60, 140), ("index_copy_kernel", 200, 230)]
+    events = [
+        SimpleNamespace(
+            name=lambda name=name: name,
+            start_ns=lambda start=start: start,
+            duration_ns=lambda length=stop - start: length,
+            device_type=lambda: SimpleNamespace(name="CUDA"),
+        )
+        for name, start, stop in reversed(spans)
+    ]
+    clock = decode._Clock(2, cuda=False)
+    results = SimpleNamespace(events=lambda: events)
+    clock.profile = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))  # type: ignore[assignment]
+    parts = {kind: ms * 1e6 * decode.PROFILED for kind, ms in clock.parts().items()}
+    assert parts == pytest.approx({"weights": 100, "attention": 40, "cache": 30, "other": 0})
 
 
 @pytest.mark.parametrize("case", ["32768", "0x1", "axb", "-1x2"])
