@@ -125,6 +125,8 @@ def run(
     state = processes(options.device)
     header = _header(model, suite)
     done = _open(directory, header)
+    # Before the first process writes there, the others have looked.
+    state.wait_for_everyone()
     tokenizer = _tokenizer(model)
     _check_model(model, suite)
     works = []
@@ -214,6 +216,7 @@ class _TaskRunner:
         prefill_seconds = 0.0
         batches = self.lm.batched(self.requests, options.batch_size, options.batch_tokens)
         counted = 0
+        prefix: Prefix | None = None
         for number, batch in enumerate(batches or [[]]):
             last = number >= len(batches) - 1
             chosen = [self.requests[i] for i in batch]
@@ -229,7 +232,7 @@ class _TaskRunner:
                 if self._out_of_time(deadline, collective=last):
                     return
                 mine = progress[arm.name, seed]
-                if chosen:
+                if prefix is not None:
                     use_arm(self.lm.model, arm, seed, self.lm.dense)
                     if counting and seed == self._first_seed(arm):
                         _count_rows(
@@ -242,6 +245,7 @@ class _TaskRunner:
                     if result is not None:
                         yield result
             counted += len(chosen)
+            prefix = None  # before the next batch is prefilled: a cache can be half of the memory
 
     def _first_seed(self, arm: Arm) -> int:
         return next(seed for other, seed in self.work.missing if other == arm)
