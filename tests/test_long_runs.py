@@ -61,7 +61,8 @@ def test_memory_is_bounded_and_steps_stay_as_fast(family: str) -> None:
     assert len(watch.times) == TOKENS
     assert max(watch.tensors) <= watch.tensors[0] + 8
     steps = [b - a for a, b in zip(watch.times, watch.times[1:], strict=False)]
-    early, late = (statistics.median(steps[i : i + 400]) for i in (50, TOKENS - 401))
+    # The 20th percentile: another process on the machine slows some steps, never all.
+    early, late = (statistics.quantiles(steps[i : i + 400], n=5)[0] for i in (50, TOKENS - 401))
     # A window of 40 tokens costs the same for ever; a full layer reads what has been written.
     growth = 1.0 if family == "mistral" else 1.0 + TOKENS / 2000
     assert late < 2 * growth * early, (early, late)
