@@ -1,4 +1,4 @@
-"""Caches, masks and dtypes that do not fit: an error that says what, and nothing is written."""
+"""Caches, masks and dtypes that do not fit: an error that says what, and nothing out of bounds."""
 
 from __future__ import annotations
 
