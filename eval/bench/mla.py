@@ -279,6 +279,7 @@ def measure(
     flop_us = 2 * batch * heads * context * (2 * RANK + ROTARY) / rate * 1e6
     try:
         import flashinfer  # type: ignore[import-not-found]
+        import flashinfer.mla
 
         flashinfer_version = flashinfer.__version__
     except ImportError:
