@@ -190,14 +190,12 @@ class SantaLM(HFLM):  # type: ignore[misc]
         )
         return _whole(request, max_length)
 
-    def choices(self, pairs: Sequence[tuple[str, str]], max_length: int) -> list[Request]:
-        """Requests for (context, continuation) pairs, one for each distinct context, in order."""
-        by_context: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        for context, continuation in self._encoded(pairs):
-            by_context.setdefault(context, []).append(continuation)
-        return [
-            _whole(Request(c, continuations=tuple(x)), max_length) for c, x in by_context.items()
-        ]
+    def choices(
+        self, pairs: Sequence[tuple[str, str]], max_length: int
+    ) -> list[tuple[Request, list[int]]]:
+        """Requests for (context, continuation) pairs, one for each distinct context, and the indices
+        of the pairs that each of them scores."""
+        return _grouped(self._encoded(pairs), max_length)
 
     def _encoded(
         self, pairs: Sequence[tuple[str, str]]
@@ -278,18 +276,10 @@ class SantaLM(HFLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        by_context: dict[tuple[int, ...], list[int]] = {}
-        for i, (_, context, _) in enumerate(requests):
-            by_context.setdefault(tuple(context), []).append(i)
-        grouped = [
-            _whole(
-                Request(c, continuations=tuple(tuple(requests[i][2]) for i in x)), self.max_length
-            )
-            for c, x in by_context.items()
-        ]
+        grouped = _grouped([(tuple(c), tuple(x)) for _, c, x in requests], self.max_length)
         answers: list[Any] = [None] * len(requests)
-        scored = self._run(grouped, "loglikelihood", disable_tqdm)
-        for indices, scores in zip(by_context.values(), scored, strict=True):
+        scored = self._run([request for request, _ in grouped], "loglikelihood", disable_tqdm)
+        for (_, indices), scores in zip(grouped, scored, strict=True):
             for i, one in zip(indices, scores, strict=True):
                 answers[i] = (one.log_likelihood, one.is_greedy)
                 if requests[i][0] is not None:
@@ -308,6 +298,19 @@ class _Arguments:
     """What the stock class reads of a request."""
 
     args: tuple[str, str]
+
+
+def _grouped(
+    pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], max_length: int
+) -> list[tuple[Request, list[int]]]:
+    """One request for each distinct context, and the indices of the pairs that it scores."""
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for i, (context, _) in enumerate(pairs):
+        by_context.setdefault(context, []).append(i)
+    return [
+        (_whole(Request(c, continuations=tuple(pairs[i][1] for i in x)), max_length), x)
+        for c, x in by_context.items()
+    ]
 
 
 def _whole(request: Request, max_length: int) -> Request:

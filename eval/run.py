@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -34,6 +34,9 @@ from .processes import device_name, processes
 from .results import Arm, Counters, Header, Result
 from .suite import SUITES, Suite, find_suite
 from .tasks import Documents, Response, load_documents
+
+if TYPE_CHECKING:
+    from .lm import Request
 
 __all__ = ["Options", "main", "run"]
 
@@ -76,9 +79,15 @@ class Options:
 
 @dataclass
 class _Progress:
-    """What one process has of a (task, arm, seed)."""
+    """What one process has of a (task, arm, seed).
 
-    responses: dict[int, Response] = field(default_factory=dict)
+    Attributes:
+        answers: for each document, what it got by the index of its request in lm-eval's order.
+        n_tokens: for each document, tokens generated or scored.
+    """
+
+    answers: dict[int, dict[int, Any]] = field(default_factory=dict)
+    n_tokens: Counter[int] = field(default_factory=Counter)
     counters: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
@@ -198,15 +207,17 @@ class _TaskRunner:
         limit = lm.max_length if length is None else max(lm.max_length, length + _RULER_SLACK)
         # Shared by the rank over all machines, one document each in turn.
         mine = range(state.process_index, len(documents), state.num_processes)
-        self.requests, self.owners = [], []
+        # Of each request, its document and which of lm-eval's requests of that document it answers.
+        self.requests: list[Request] = []
+        self.owners: list[tuple[int, Sequence[int]]] = []
         for i in mine:
             arguments = documents.requests[i]
             if documents.task.output_type == "generate_until":
-                new = [lm.generation(*arguments[0], documents.max_new_tokens, limit)]
+                new = [(lm.generation(*arguments[0], documents.max_new_tokens, limit), [0])]
             else:
                 new = lm.choices(arguments, limit)
-            self.requests += new
-            self.owners += [documents.ids[i]] * len(new)
+            self.requests += [request for request, _ in new]
+            self.owners += [(documents.ids[i], indices) for _, indices in new]
 
     def results(self, bar: Any, deadline: float | None) -> Iterator[Result]:
         """Results in the order in which they are finished, whole in the first process."""
@@ -264,20 +275,18 @@ class _TaskRunner:
         mine.counters.update(sampled=total.sampled, draws=total.samples, dense=total.dense)
         mine.fallbacks.update(total.fallbacks)
         for i, response in zip(batch, responses, strict=True):
+            doc_id, indices = self.owners[i]
+            values: list[Any]
             if isinstance(response, Decoded):
                 n = len(response.token_ids)
-                new = Response((response.text,), n)
-                mine.tokens += len(windows[0]) + n - 1
+                values = [response.text]
             else:
-                continuations = self.requests[i].continuations or ()
-                n = sum(map(len, continuations))
-                values = tuple((one.log_likelihood, one.is_greedy) for one in response)
-                new = Response(values, n)
-                mine.tokens += len(windows[0]) + n - len(continuations)
-            before = mine.responses.get(self.owners[i])
-            if before is not None:  # a document with several contexts
-                new = Response(before.values + new.values, before.n_tokens + new.n_tokens)
-            mine.responses[self.owners[i]] = new
+                n = sum(map(len, self.requests[i].continuations or ()))
+                values = [(one.log_likelihood, one.is_greedy) for one in response]
+            # The window's last step gives the first token of an answer, or of every continuation.
+            mine.tokens += len(windows[0]) + n - len(values)
+            mine.n_tokens[doc_id] += n
+            mine.answers.setdefault(doc_id, {}).update(zip(indices, values, strict=True))
 
     def _gather(
         self, arm: Arm, seed: int, mine: _Progress, prefill_seconds: float
@@ -292,10 +301,12 @@ class _TaskRunner:
         counters: Counter[str] = Counter()
         fallbacks: Counter[str] = Counter()
         for share, _ in shares:
-            twice = responses.keys() & share.responses.keys()
+            twice = responses.keys() & share.answers.keys()
             if twice:
                 raise RuntimeError(f"documents {sorted(twice)} were answered by two processes")
-            responses |= share.responses
+            for doc_id, answers in share.answers.items():
+                values = tuple(answers[index] for index in sorted(answers))
+                responses[doc_id] = Response(values, share.n_tokens[doc_id])
             counters.update(share.counters)
             fallbacks.update(share.fallbacks)
         if sorted(responses) != documents.ids:

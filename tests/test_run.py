@@ -10,9 +10,11 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pyarrow
 import pyarrow.parquet
@@ -214,6 +216,44 @@ def test_a_prompt_is_never_truncated(model_dir: Path) -> None:
         lm.generate_until([asked], disable_tqdm=True)
     with pytest.raises(NotImplementedError, match="prefill"):
         lm.loglikelihood_rolling([])
+
+
+def test_answers_keep_lm_evals_order_and_one_batch_is_held_at_a_time(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = model_class(SantaLM, model_dir, attention="dense")
+    asked = [request.args for request in pairs()]
+    # Two documents with contexts of several lengths, which batches order otherwise, and interleaved.
+    requests = [asked[::3] + asked[1::3], asked[2::3][::-1]]
+    responses: dict[int, Any] = {}
+
+    def evaluate(given: dict[int, Any]) -> tuple[dict[str, Any], list[Any]]:
+        responses.update(given)
+        return {}, []
+
+    task = SimpleNamespace(output_type="multiple_choice", length=None)
+    documents = MagicMock(task=task, ids=[3, 8], requests=requests, evaluate=evaluate)
+    documents.__len__ = lambda self: 2
+    work = run._Work(documents, [(DENSE, 0)])
+    runner = run._TaskRunner(
+        lm, work, run.Options(batch_size=2), SimpleNamespace(config_hash="", provenance={})
+    )
+    prefixes: list[weakref.ref[Prefix]] = []
+    prefill = lm.prefill
+
+    def prefill_alone(chosen: Any) -> Any:
+        assert not any(prefix() for prefix in prefixes)
+        prefix, windows = prefill(chosen)
+        prefixes.append(weakref.ref(prefix))
+        return prefix, windows
+
+    monkeypatch.setattr(lm, "prefill", prefill_alone)
+    list(runner.results(SimpleNamespace(update=lambda n: None), None))
+    assert len(prefixes) > 2
+    for doc_id, arguments in zip(documents.ids, requests, strict=True):
+        alone = lm.loglikelihood([SimpleNamespace(args=a) for a in arguments], disable_tqdm=True)
+        for (value, _), (expected, _) in zip(responses[doc_id].values, alone, strict=True):
+            assert math.isclose(value, expected, abs_tol=1e-9)
 
 
 def test_batches_hold_requests_of_one_kind_within_their_limits() -> None:
