@@ -22,6 +22,7 @@ from .. import reference
 from ..config import LayerConfig, SantaConfig
 from ..functional import santa_decode
 from ..stats import counting_value_rows, layer_stats, warn_once
+from . import mla
 from .configure import layer_config
 
 __all__ = ["santa_attention", "santa_mask"]
@@ -106,7 +107,8 @@ def santa_attention(
 
     Args:
         module: the attention layer; its `layer_idx` and `config` are read.
-        query: (B, H, q, D). key, value: (B, KVH, N, D), (B, KVH, N, Dv).
+        query: (B, H, q, D). key, value: (B, KVH, N, D), (B, KVH, N, Dv), or the latents (B, 1, N, r)
+            and rotary keys (B, 1, N, dr) of multi-head latent attention, see `mla`.
         attention_mask: bool (B or 1, 1, q, N), True where visible, or None.
         santa: overrides for this call alone, the `santa=` keyword of the model's forward.
 
@@ -119,12 +121,15 @@ def santa_attention(
             'a paged cache reached attention "santa": continuous batching runs through '
             "`model.generate_batch`, which switches the model by itself"
         )
+    if not torch.compiler.is_compiling():
+        mla.adopt(module)
     exact = (module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if query.shape[2] != 1:
         _count(module, "multi_token")
         return _exact_attention(*exact)
 
-    _check_inputs(query, key, value, attention_mask)
+    latent = mla.are_latents(module, query, key)
+    _check_inputs(query, key, value, attention_mask, latent)
     config = layer_config(module, santa)
     reason = _why_not_sampled(module, query, key, value, attention_mask, dropout, kwargs)
     if config.estimator == "dense":
@@ -135,12 +140,22 @@ def santa_attention(
         _fall_back(module, reason, config.strict)
         return _exact_attention(*exact)
 
-    out = _decode(module, query, key, value, attention_mask, scaling, config, kwargs)
+    if latent:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query = mla.absorb(module, query)
+        out = _decode(module, query, key, key, attention_mask, scaling, config, kwargs, value)
+        out = mla.project(module, out)
+    else:
+        out = _decode(module, query, key, value, attention_mask, scaling, config, kwargs)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _check_inputs(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    latent: bool,
 ) -> None:
     """Refuse what no attention can compute, in words that name it."""
     if query.dtype != key.dtype or query.dtype != value.dtype:
@@ -148,7 +163,7 @@ def _check_inputs(
             f"the query is {query.dtype}, and the cache holds {key.dtype} keys and {value.dtype} "
             "values: they must share one dtype"
         )
-    if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
+    if key.shape[0] != query.shape[0] or not (latent or key.shape[3] == query.shape[3]):
         raise ValueError(
             f"the query is {tuple(query.shape)}, and the cache holds keys {tuple(key.shape)}: batch "
             "and head size must agree; is it the cache of another model or batch?"
@@ -198,6 +213,7 @@ def _decode(
     scaling: float | None,
     config: LayerConfig,
     kwargs: Mapping[str, Any],
+    rotary_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One decode step as configured: (B, H, 1, Dv)."""
     step = partial(
@@ -209,12 +225,15 @@ def _decode(
         scaling=scaling,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
+        rotary_key=rotary_key,
         kernel=config.kernel,
     )
     if config.estimator == "dense":
         return step(estimator="dense")
     batch, heads = query.shape[:2]
-    if key.shape[2] < config.min_context:
+    unprofitable = config.kernel == "auto" and rotary_key is not None
+    unprofitable = unprofitable and not mla.sampling_pays(query)
+    if key.shape[2] < config.min_context or unprofitable:
         _count(module, "dense")
         return step(estimator="dense")
     exact = _short_rows(mask, batch, config.min_context)
@@ -237,8 +256,9 @@ def _decode(
         if counting_value_rows():
             sampled = None if exact is None else ~exact
             _count_rows(
-                module, query, key, mask, scaling, config, position, head_offset, sampled, kwargs
-            )
+                module, query, key, mask, scaling, config, position, head_offset, sampled, kwargs,
+                rotary_key,
+            )  # fmt: skip
     return out
 
 
@@ -254,6 +274,9 @@ def _exact_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the model computes without this package: SDPA, or its own eager function where SDPA
     would ignore a feature (soft-capped scores, attention sinks) or attention weights are asked for."""
+    if mla.are_latents(module, query, key):
+        key, value = mla.expand(module, key, value)
+    mask = _chosen(mask, kwargs.get("indices"), query, key)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if softcap is None and sinks is None and not kwargs.get("output_attentions"):
         kwargs = {name: value for name, value in kwargs.items() if name not in ("softcap", "s_aux")}
@@ -280,6 +303,28 @@ def _exact_attention(
     return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
+def _chosen(
+    mask: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+) -> torch.Tensor | None:
+    """The mask of sparse attention: of the keys that `mask` shows, those at `indices` (B, q, n).
+
+    DeepSeek V3.2 and its relatives mask for "eager" and "sdpa" themselves, and leave it to others.
+    """
+    if indices is None:
+        return mask
+    chosen = indices.new_zeros(
+        query.shape[0], query.shape[2], key.shape[2], dtype=torch.bool
+    ).scatter(-1, indices.long(), True)[:, None]
+    if mask is None:
+        return chosen
+    if mask.dtype == torch.bool:
+        return mask & chosen
+    return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+
+
 def _why_not_sampled(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -297,6 +342,8 @@ def _why_not_sampled(
         return "scores carry a position bias"
     if kwargs.get("output_attentions"):
         return "attention weights were asked for"
+    if kwargs.get("indices") is not None:
+        return "the layer attends to keys that it chose (sparse attention)"
     if not _is_causal(module, kwargs):
         return "the layer is not causal (cross-attention or an encoder)"
     if module.training or dropout:
@@ -305,6 +352,10 @@ def _why_not_sampled(
         query.requires_grad or key.requires_grad or value.requires_grad
     ):
         return "autograd needs a gradient"
+    if mla.are_latents(module, query, key):
+        reason = mla.why_not_absorbed(module, query, key)
+        if reason is not None:
+            return reason
     if getattr(module, "layer_idx", None) is None:
         return "the layer has no layer_idx, and layers must not share draws"
     if _head_offset(module, query.shape[1]) is None:
@@ -400,6 +451,7 @@ def _count_rows(
     head_offset: int,
     sampled: torch.Tensor | None,
     kwargs: Mapping[str, Any],
+    rotary_key: torch.Tensor | None,
 ) -> None:
     """Repeat the draws of a call in the reference and count the value rows they read, over the rows
     of the batch that are `sampled`, bool (B,); None for all."""
@@ -407,6 +459,7 @@ def _count_rows(
         if not bool(sampled.any()):
             return
         query, key = query[sampled], key[sampled]
+        rotary_key = None if rotary_key is None else rotary_key[sampled]
         mask = None if mask is None else mask.expand(len(sampled), -1, -1, -1)[sampled]
         position = None if position is None else position[sampled]
     batch, kv_heads, length = key.shape[:3]
@@ -425,6 +478,7 @@ def _count_rows(
         sinks=kwargs.get("s_aux"),
         allocation="tile" if config.kernel == "flash" else "global",
         stash=query.is_cuda and config.kernel in ("auto", "prop"),
+        rotary_key=rotary_key,
     )
     visible = batch * length if mask is None else int(mask.expand(batch, -1, -1, -1).sum())
     counters = layer_stats(module)
