@@ -1,74 +1,423 @@
-"""DeepSeek V2 and V3: latent attention, through keys and values that the model expands itself."""
+"""Multi-head latent attention: steps over latents equal the expanded ones, and are sampled alike."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import tiny
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tolerance import assert_mean
+from torch.nn.functional import linear
+from transformers import PreTrainedModel, StaticCache
 
 import santa_hf
+from santa_hf import reference
+from santa_hf.integration import mla
 
 NEW_TOKENS = 6
+LAYERS = 2
+HEADS = 4
+RANK, ROTARY, NOPE, VALUE = 20, 8, 16, 12
+ALONE = {"input_ids": tiny.prompts(150)[0]}
 PADDED = tiny.left_padded(tiny.prompts(150, 90))
+REPEATING = {"input_ids": torch.cat([ALONE["input_ids"], ALONE["input_ids"][:, 100:130]], 1)}
+
+COMMON: dict[str, Any] = {
+    "vocab_size": tiny.VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "q_lora_rank": 24,
+    "kv_lora_rank": RANK,
+    "qk_nope_head_dim": NOPE,
+    "qk_rope_head_dim": ROTARY,
+    "v_head_dim": VALUE,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
+# One dense and one expert layer, where there are experts.
+MIXED = {**EXPERTS, "mlp_layer_types": ["dense", "sparse"]}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "DeepseekV2": {**EXPERTS, "first_k_dense_replace": 1},
+    "DeepseekV3": {**EXPERTS, "first_k_dense_replace": 1},
+    "Youtu": {"embedding_initializer_range": 0.2},
+    "MiniCPM3": {},
+    "Glm4MoeLite": MIXED,
+    "AXK1": MIXED,
+    "LongcatFlash": {
+        "num_layers": 1,  # of two attentions each
+        "ffn_hidden_size": 64,
+        "expert_ffn_hidden_size": 32,
+        "n_routed_experts": 4,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+        "head_dim": ROTARY,
+    },
+}
+MAIN = ("DeepseekV2", "DeepseekV3")
+SPARSE = {
+    **MIXED,
+    "first_k_dense_replace": 1,
+    "index_topk": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "head_dim": ROTARY,
+}
 
 
-def build(family: str) -> PreTrainedModel:
-    """Value heads of 12 beside query heads of 16 + 8, and one dense and one expert layer."""
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=tiny.VOCABULARY,
-        hidden_size=48,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        q_lora_rank=24,
-        kv_lora_rank=20,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=12,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """Value heads of 12 beside query heads of 16 + 8."""
+    extra = FAMILIES.get(family, SPARSE)
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **extra, **changes})
     torch.manual_seed(1)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="santa").eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="santa")
+    model.generation_config.eos_token_id = None
+    return model.to(dtype).eval()
 
 
-def generate(model: PreTrainedModel, **kwargs: Any) -> torch.Tensor:
-    """Raw logits of each new token: (B, NEW_TOKENS, vocabulary)."""
+def generate(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor] = PADDED, **kwargs: Any
+) -> torch.Tensor:
+    """Raw logits of each new token: (B, steps, vocabulary)."""
     out = model.generate(
-        **PADDED,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
+        **inputs,
+        **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **kwargs},
         output_logits=True,
         return_dict_in_generate=True,
-        **kwargs,
     )
     return torch.stack(out.logits, 1)
 
 
-@pytest.mark.parametrize("family", ["DeepseekV2", "DeepseekV3"])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_dense_equals_sdpa_and_sampling_is_counted(family: str, cache: str) -> None:
-    model = build(family)
-    exact = generate(tiny.use(model, "sdpa"), cache_implementation=cache)
-    dense = generate(tiny.use(model, "santa", estimator="dense"), cache_implementation=cache)
-    torch.testing.assert_close(dense, exact, rtol=1e-5, atol=1e-5)
+@contextmanager
+def absorbed_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Numbers of keys of the decode steps that ran over latents."""
+    lengths: list[int] = []
+    decode = santa_hf.integration.attention.santa_decode
 
-    santa_hf.reset_stats(model)
-    sampled = generate(tiny.use(model, "santa", samples=16), cache_implementation=cache)
+    def spy(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs["rotary_key"] is not None:
+            assert key.shape[1] == 1
+            lengths.append(key.shape[2])
+        return decode(query, key, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(santa_hf.integration.attention, "santa_decode", spy)
+        yield lengths
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "alone": {"inputs": ALONE},
+    "padded": {},
+    "static": {"inputs": ALONE, "cache_implementation": "static"},
+    "static padded": {"cache_implementation": "static"},
+    "prompt lookup": {"inputs": REPEATING, "prompt_lookup_num_tokens": 4},
+    "beams": {"num_beams": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [(family, case) for family in FAMILIES for case in CASES if family in MAIN or case == "padded"],
+)
+def test_dense_equals_sdpa(family: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(family)
+    expected = generate(tiny.use(model, "sdpa"), **CASES[case])
+    tiny.use(model, "santa", estimator="dense")
+    with absorbed_calls(monkeypatch) as calls:
+        dense = generate(model, **CASES[case])
+    torch.testing.assert_close(dense, expected, rtol=1e-5, atol=1e-5)
+    if case != "prompt lookup":  # which may verify several tokens at every step
+        assert len(calls) == LAYERS * (NEW_TOKENS - 1)
+    assert not santa_hf.stats(model).total.fallbacks
+
+
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [(family, "dynamic") for family in FAMILIES] + [(family, "static") for family in MAIN],
+)
+def test_sampling_is_counted_and_its_error_vanishes(family: str, cache: str) -> None:
+    """Teacher forcing is not needed: the tokens of the first step come from an exact prefill."""
+    model = build(family)
+    keywords = {"cache_implementation": cache, "max_new_tokens": 2}
+    exact = generate(tiny.use(model, "sdpa"), **keywords)
+    error = {}
+    for samples in (16, 4096):
+        tiny.use(model, "santa", samples=samples, strict=True)
+        santa_hf.reset_stats(model)
+        with santa_hf.count_value_rows():
+            sampled = generate(model, **keywords)
+        total = santa_hf.stats(model).total
+        assert (total.sampled, total.multi_token) == (LAYERS, LAYERS)
+        assert total.samples == samples * HEADS * 2 * LAYERS
+        # One latent serves all heads, so it counts once: 151 and 91 visible, and few of them read.
+        assert total.rows_visible == LAYERS * (151 + 91)
+        assert 0 < total.rows_read <= min(total.rows_visible, samples * HEADS * 2 * LAYERS)
+        error[samples] = float((sampled - exact)[:, 1].square().mean().sqrt())
+    assert error[16] > 1e-2
+    assert error[4096] < error[16] / 20
+
+
+def latent_step(rows: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """query (rows, 3, 1, 28), latents (rows, 1, 300, 20) and rotary keys, every row alike."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((1, 3, 1, RANK + ROTARY), (1, 1, 300, RANK), (1, 1, 300, ROTARY))
+    query, latent, rotary_key = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    return tuple(x.expand(rows, -1, -1, -1) for x in (query, latent, rotary_key))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("estimator", ["systematic", "stratified", "multinomial"])
+def test_unbiased_over_seeds(estimator: str) -> None:
+    rows, samples, scaling = 1500, 8, 0.5
+    query, latent, rotary_key = latent_step(rows)
+    out = santa_hf.santa_decode(
+        query,
+        latent,
+        latent,
+        rotary_key=rotary_key,
+        scaling=scaling,
+        samples=samples,
+        estimator=estimator,
+        seed=torch.arange(rows) * 7919,
+        position=torch.zeros(rows, dtype=torch.int64),
+    )
+    key = torch.cat((latent, rotary_key), -1)[0, 0]
+    p = (query[0, :, 0] @ key.T * scaling).softmax(-1)
+    mean = p @ latent[0, 0]
+    variance = (p @ latent[0, 0].square() - mean.square()) / samples
+    assert_mean(out[:, :, 0], mean, variance, 1e-12)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_draws_are_those_of_keys_in_one_part(mask: bool) -> None:
+    query, latent, rotary_key = latent_step(2)
+    visible = None
+    if mask:
+        visible = torch.ones(2, 1, 1, 300, dtype=torch.bool)
+        visible[0, ..., :170] = False
+        visible[1, ..., 250:] = False
+    keywords: dict[str, Any] = {
+        "samples": 40, "estimator": "systematic", "scaling": 0.5, "mask": visible, "seed": 3,
+        "layer": 1, "position": None,
+    }  # fmt: skip
+    draws = reference.draw(query, latent, rotary_key=rotary_key, **keywords)
+    whole = reference.draw(query, torch.cat((latent, rotary_key), -1), **keywords)
+    assert torch.equal(draws.index, whole.index)
+
+
+def greedy(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
+    length = inputs["input_ids"].shape[1]
+    return model.generate(**inputs, max_new_tokens=32, do_sample=False, **kwargs)[:, length:]
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_tokens_are_the_same_alone_padded_and_with_any_cache(family: str) -> None:
+    """In float64, where experts do not run: every layer is dense."""
+    dense = {"first_k_dense_replace": LAYERS}
+    model = tiny.use(build(family, torch.float64, **dense), "santa", samples=8, strict=True)
+    padded = greedy(model, PADDED)
+    for i, length in enumerate((150, 90)):
+        row = {"input_ids": PADDED["input_ids"][i : i + 1, 150 - length :]}
+        assert torch.equal(greedy(model, row)[0], padded[i])
+    assert torch.equal(greedy(model, PADDED, cache_implementation="static"), padded)
+    assert not torch.equal(greedy(tiny.use(model, "santa", samples=8, seed=1), PADDED), padded)
+    assert not torch.equal(greedy(tiny.use(model, "santa", estimator="dense"), PADDED), padded)
+
+
+@pytest.mark.parametrize("estimator", ["systematic", "dense"])
+def test_a_full_graph_gives_the_tokens_of_eager(
+    estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    model = build("DeepseekV3", torch.float64, first_k_dense_replace=LAYERS)
+    tiny.use(model, "santa", samples=8, estimator=estimator)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens = []
+    for step in (model, compiled):
+        mask = torch.zeros(2, 170, dtype=torch.int64)
+        mask[:, :150] = PADDED["attention_mask"]
+        cache = StaticCache(config=model.config, max_cache_len=170)
+        with torch.no_grad():
+            out = model(**PADDED, past_key_values=cache)
+            new = [out.logits[:, -1:].argmax(-1)]
+            for i in range(16):
+                mask[:, 150 + i] = 1
+                position = mask.sum(-1, keepdim=True) - 1
+                out = step(
+                    new[-1], attention_mask=mask, position_ids=position, past_key_values=cache
+                )
+                new.append(out.logits[:, -1:].argmax(-1))
+        tokens.append(torch.cat(new, 1))
+    assert torch.equal(*tokens)
+
+
+def reload(model: PreTrainedModel) -> None:
+    model.load_state_dict({name: -w for name, w in model.state_dict().items()})
+
+
+def merge(model: PreTrainedModel) -> None:
+    """As adapters are merged: in place, past the version counter."""
+    for layer in model.model.layers:
+        weight = layer.self_attn.kv_b_proj.weight
+        weight.data += 0.3 * torch.randn_like(weight.data)
+
+
+def replace(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.kv_b_proj.weight = torch.nn.Parameter(
+            0.3 * torch.randn_like(layer.self_attn.kv_b_proj.weight)
+        )
+
+
+def widen(model: PreTrainedModel) -> None:
+    model.double()
+
+
+@pytest.mark.parametrize("change", [reload, merge, replace, widen])
+def test_a_changed_weight_is_used_at_once(change: Callable[[PreTrainedModel], None]) -> None:
+    model = build("DeepseekV3", first_k_dense_replace=LAYERS)
+    before = generate(tiny.use(model, "santa", estimator="dense"))
+    with torch.no_grad():
+        change(model)
+    after = generate(model)
+    torch.testing.assert_close(after, generate(tiny.use(model, "sdpa")), rtol=1e-5, atol=1e-5)
+    assert change is widen or (after - before).abs().max() > 1e-2
+
+
+class Adapter(torch.nn.Linear):
+    """A linear layer that adds something to its product, as LoRA's or a quantised one does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1.5 * super().forward(x)
+
+
+def wrap(layer: torch.nn.Module) -> None:
+    layer.kv_b_proj.__class__ = Adapter
+
+
+def hook(layer: torch.nn.Module) -> None:
+    layer.kv_b_proj.register_forward_hook(lambda module, args, out: 1.5 * out)
+
+
+def offload(layer: torch.nn.Module) -> None:
+    """As accelerate offloads: the weight is on meta, and a new forward brings it along."""
+    weight = layer.kv_b_proj.weight.data
+    layer.kv_b_proj.weight = torch.nn.Parameter(weight.to("meta"))
+    layer.kv_b_proj.forward = lambda x: linear(x, weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (wrap, "not a plain linear layer"),
+        (hook, "has hooks"),
+        (offload, "has hooks"),
+    ],
+)
+def test_what_cannot_be_absorbed_is_expanded(
+    change: Callable[[torch.nn.Module], None], reason: str
+) -> None:
+    model = build("DeepseekV3")
+    for layer in model.model.layers:
+        change(layer.self_attn)
+    expected = generate(tiny.use(model, "sdpa"))
+    tiny.use(model, "santa", samples=4)
+    with pytest.warns(UserWarning, match=reason) as caught:
+        out = generate(model)
+    assert len([w for w in caught if "santa_hf" in str(w.message)]) == 1
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     total = santa_hf.stats(model).total
-    assert (total.sampled, total.multi_token) == (2 * (NEW_TOKENS - 1), 2)
-    assert not total.fallbacks
-    assert (sampled - exact)[:, 1:].abs().max() > 1e-2
+    assert list(total.fallbacks.values()) == [LAYERS * (NEW_TOKENS - 1)]
+    assert reason in next(iter(total.fallbacks))
+    assert total.sampled == 0
+    tiny.use(model, "santa", strict=True)
+    with pytest.raises(NotImplementedError, match=reason):
+        generate(model)
+
+
+def test_a_weight_of_another_dtype_is_not_absorbed() -> None:
+    layer = build("DeepseekV3").model.layers[0].self_attn
+    query, latent = torch.randn(1, HEADS, 1, NOPE + ROTARY), torch.randn(1, 1, 9, RANK)
+    with torch.no_grad():
+        assert mla.why_not_absorbed(layer, query, latent) is None
+        assert "dtype" in str(mla.why_not_absorbed(layer, query.double(), latent))
+        assert "heads" in str(mla.why_not_absorbed(layer, query[:, :2], latent))
+    assert "gradient" in str(mla.why_not_absorbed(layer, query, latent))
+
+
+def test_gradients_are_those_of_sdpa() -> None:
+    gradients = []
+    for attention in ("sdpa", "santa"):
+        model = tiny.use(build("DeepseekV3"), attention)
+        cache = transformers.DynamicCache(config=model.config)
+        model(ALONE["input_ids"][:, :40], past_key_values=cache)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = model(ALONE["input_ids"][:, 40:41], past_key_values=cache)
+        out.logits.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for sdpa, santa in zip(*gradients, strict=True):
+        torch.testing.assert_close(santa, sdpa, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:santa_hf")
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_sparse_attention_honours_its_choice_of_keys(cache: str) -> None:
+    """DeepSeek V3.2 attends to 16 of about 150 keys, which it leaves to the attention function."""
+    model = build("DeepseekV32")
+    expected = generate(tiny.use(model, "sdpa"), cache_implementation=cache)
+    tiny.use(model, "santa", samples=4)
+    santa_hf.reset_stats(model)
+    out = generate(model, cache_implementation=cache)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    fallbacks = santa_hf.stats(model).total.fallbacks
+    assert [*fallbacks.values()] == [LAYERS * (NEW_TOKENS - 1)]
+    assert "keys that it chose" in next(iter(fallbacks))
+
+
+def test_a_class_that_caches_what_it_expanded_keeps_its_expand_kv() -> None:
+    class Layer(torch.nn.Module):
+        def expand_kv(self, latent: torch.Tensor, rotary_key: torch.Tensor) -> Any:
+            return latent, rotary_key
+
+        def forward(self, x: torch.Tensor, cache: Any) -> Any:
+            key, value = self.expand_kv(x, x)
+            return cache.update(key, value, 0)
+
+    original = Layer.expand_kv
+    mla.adopt(Layer())
+    assert Layer.expand_kv is original
+    assert not mla.are_latents(Layer(), torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 3))
+
+
+def test_other_attentions_and_subclasses_expand() -> None:
+    layer = build("DeepseekV3").model.layers[0].self_attn
+    mla.adopt(layer)
+    latent, rotary_key = torch.randn(1, 1, 9, RANK), torch.randn(1, 1, 9, ROTARY)
+    assert layer.expand_kv(latent, rotary_key)[0] is latent
+    key, value = mla.expand(layer, latent, rotary_key)
+    assert key.shape == (1, HEADS, 9, NOPE + ROTARY)
+    assert value.shape == (1, HEADS, 9, VALUE)
+    layer.__class__ = type("Subclass", (type(layer),), {})
+    torch.testing.assert_close(layer.expand_kv(latent, rotary_key)[0], key)
+    layer.__class__ = type(layer).__mro__[1]
+    layer.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(layer.expand_kv(latent, rotary_key)[0], key)

@@ -57,9 +57,9 @@ def adopt(module: torch.nn.Module) -> None:
         # A subclass may use what it gets in a way of its own. Of latents as wide as a query, the
         # attention function could not tell what they are.
         if (
-            type(self) is not layer
-            or self.config._attn_implementation != "santa"
+            self.config._attn_implementation != "santa"
             or latent.shape[-1] == self.qk_nope_head_dim + self.qk_rope_head_dim
+            or type(self) is not layer
         ):
             return original(self, latent, rotary_key)
         return latent, rotary_key
