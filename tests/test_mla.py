@@ -421,3 +421,33 @@ def test_other_attentions_and_subclasses_expand() -> None:
     layer.__class__ = type(layer).__mro__[1]
     layer.config._attn_implementation = "sdpa"
     torch.testing.assert_close(layer.expand_kv(latent, rotary_key)[0], key)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_auto_is_dense_where_sampling_is_slower(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mla, "sampling_pays", lambda query, length, samples: length >= 153)
+    model = tiny.use(build("DeepseekV3"), "santa", samples=4, kernel=kernel, strict=True)
+    generate(model)  # steps over 151 to 155 keys
+    total = santa_hf.stats(model).total
+    dense = 2 * LAYERS if kernel == "auto" else 0
+    assert (total.dense, total.sampled) == (dense, LAYERS * (NEW_TOKENS - 1) - dense)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", MAIN)
+def test_a_gpu_decodes_as_the_reference(family: str) -> None:
+    model = build(family, torch.bfloat16).cuda()
+    inputs = {name: x.cuda() for name, x in PADDED.items()}
+    logits = {}
+    for name, santa in (
+        ("sdpa", None),
+        ("dense", {"estimator": "dense"}),
+        ("prop", {"kernel": "prop", "samples": 4096}),
+    ):
+        tiny.use(model, "sdpa" if santa is None else "santa", **(santa or {}))
+        logits[name] = generate(model, inputs, max_new_tokens=2)[:, 1].float()
+    for name in ("dense", "prop"):
+        error = (logits[name] - logits["sdpa"]).square().mean().sqrt()
+        assert error < 0.1 * logits["sdpa"].std(), name
