@@ -121,8 +121,7 @@ def run(
 
     Raises:
         CommandError: something is not valid, or does not belong to this run; raised before the model
-            is loaded.
-        OSError: a result cannot be written; those written before are still there.
+            is loaded. Or a result cannot be written; those written before are still there.
     """
     started = time.monotonic()
     _check_device(options.device)
@@ -188,11 +187,21 @@ def _run_all(
             bar.set_postfix_str(runner.work.documents.task.key)
             for result in runner.results(bar, deadline):
                 if state.is_main_process:
-                    results.save_result(directory, result)
+                    _save(directory, result)
             if runner.stopped:
                 if state.is_main_process:
                     bar.write(f"stopped by the time limit of {options.time_limit:g} s")
                 break
+
+
+def _save(directory: Path, result: Result) -> None:
+    try:
+        results.save_result(directory, result)
+    except OSError as error:
+        raise CommandError(
+            f"{directory}: a result cannot be written: {error}; those finished before are kept, and the "
+            "same command goes on from there"
+        ) from error
 
 
 class _TaskRunner:
