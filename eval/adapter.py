@@ -271,6 +271,7 @@ def save(model: Any, out: str | os.PathLike[str], record: Mapping[str, Any]) -> 
     }
     unfinished = out / ".adapter_model.safetensors"
     save_file(state, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(0o644)
     unfinished.rename(out / "adapter_model.safetensors")
     lora = model.peft_config["default"]
     values = {

@@ -8,12 +8,15 @@ answer and the end-of-text token, and only the answers are targets.
 
 from __future__ import annotations
 
+import importlib
+import io
 import itertools
 import random
 import re
 import string
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -48,10 +51,8 @@ class Example:
 @cache
 def _ruler() -> dict[str, ModuleType]:
     """lm-eval's RULER modules, which hold the wording."""
-    import importlib
-
-    # They fetch sentence-splitting data when imported, which is not needed here.
-    with patch("nltk.download"):
+    # They fetch sentence-splitting data when imported, and say so; it is not needed here.
+    with patch("nltk.download"), redirect_stdout(io.StringIO()):
         return {
             name: importlib.import_module(f"lm_eval.tasks.ruler.{name}")
             for name in ("prepare_niah", "niah_utils", "vt_utils", "cwe_utils", "fwe_utils")

@@ -223,6 +223,7 @@ def test_training_learns_saves_and_goes_on(tiny_llama: Path, tmp_path: Path) -> 
     record = adapter.train(tiny_llama, tmp_path / "one", PROSE, seconds=4, **options)
     assert record["steps"] >= 5
     assert record["tokens"] == 512 * record["steps"]
+    assert (tmp_path / "one/adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
     written = json.loads((tmp_path / "one/training.json").read_text())
     assert written["steps"] == record["steps"]
     assert written["versions"]["peft"]
