@@ -1,5 +1,6 @@
 """Tensor parallelism on two gloo ranks: every rank draws its own heads' uniforms, and in float64 the
-tokens are those of one rank. A replicated layer (DeepSeek V3) draws alike on both."""
+tokens are those of one rank. A replicated layer (DeepSeek V3) draws alike on both; one whose
+up-projection is sharded (DeepSeek V2) absorbs its own heads."""
 
 from __future__ import annotations
 
@@ -28,6 +29,9 @@ DEEPSEEK = {
 }
 CONFIGS = {
     "llama": transformers.LlamaConfig(**{**tiny.COMMON, "vocab_size": 90}),
+    "deepseek_v2": transformers.DeepseekV2Config(
+        **{**tiny.COMMON, **DEEPSEEK, "vocab_size": 90, "num_key_value_heads": tiny.HEADS}
+    ),
     "deepseek_v3": transformers.DeepseekV3Config(
         **{**tiny.COMMON, **DEEPSEEK, "vocab_size": 90, "num_key_value_heads": tiny.HEADS}
     ),
@@ -99,7 +103,7 @@ def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
         for name, (tokens, samples) in expected.items():
             assert result[name][0] == tokens, (name, rank)
             # Half of the heads each, or all of them where attention is replicated.
-            assert result[name][1:] == [samples // (2 if name == "llama" else 1), 0]
+            assert result[name][1:] == [samples // (1 if name == "deepseek_v3" else 2), 0]
 
 
 def test_heads_sharded_in_an_unknown_way_are_exact() -> None:

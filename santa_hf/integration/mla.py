@@ -98,11 +98,13 @@ def why_not_absorbed(
     linear: Any = getattr(module, "kv_b_proj", None)
     if type(linear) is not torch.nn.Linear or linear.bias is not None:
         return "kv_b_proj is not a plain linear layer (quantised, or wrapped by an adapter)"
-    if "forward" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks:
+    weight = _local_weight(linear)
+    hooked = "forward" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks
+    if hooked and weight is linear.weight:
         return "kv_b_proj has hooks (offloaded or sharded)"
-    weight = linear.weight
     rows = query.shape[1] * (_nope(module) + _value(module))
-    if type(weight) is not torch.nn.Parameter or weight.shape != (rows, latent.shape[-1]):
+    plain = type(weight) in (torch.nn.Parameter, torch.Tensor)
+    if not plain or weight.shape != (rows, latent.shape[-1]):
         return "the weight of kv_b_proj is not a plain one of the layer's heads"
     if weight.dtype != query.dtype or weight.device != query.device:
         return "the weight of kv_b_proj has another dtype or device than the query"
@@ -150,5 +152,17 @@ def _value(module: Any) -> int:
 
 def _weight(module: Any) -> torch.Tensor:
     """kv_b_proj by heads: (H, dn + dv, r)."""
-    weight = module.kv_b_proj.weight
+    weight = _local_weight(module.kv_b_proj)
     return weight.view(-1, _nope(module) + _value(module), weight.shape[1])
+
+
+def _local_weight(linear: torch.nn.Linear) -> torch.Tensor:
+    """The weight, or this rank's heads of one that tensor parallelism shards by heads (DeepSeek V2)."""
+    weight = linear.weight
+    if type(weight) is torch.nn.Parameter:
+        return weight
+    from torch.distributed.tensor import DTensor, Shard
+
+    if isinstance(weight, DTensor) and weight.placements == (Shard(0),):
+        return weight.to_local()
+    return weight
