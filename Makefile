@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Threads that spin while they wait make decoding twenty times slower on a machine with other work.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench environment clean
 
 demo: $(READY)
 	$(BIN)/python -m eval demo
@@ -28,6 +28,8 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+environment: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m eval bench reference --out eval/bench/results
