@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, StaticCache
 import santa_hf
 from santa_hf import reference
 from santa_hf.integration import mla
+from santa_hf.integration.attention import santa_attention
 
 NEW_TOKENS = 6
 LAYERS = 2
@@ -391,6 +393,19 @@ def test_sparse_attention_honours_its_choice_of_keys(cache: str) -> None:
     fallbacks = santa_hf.stats(model).total.fallbacks
     assert [*fallbacks.values()] == [LAYERS * (NEW_TOKENS - 1)]
     assert "keys that it chose" in next(iter(fallbacks))
+
+
+def test_sparse_attention_without_a_mask_is_not_guessed() -> None:
+    """The chosen keys of a prefill may lie ahead of a token: only a mask can say."""
+    layer = build("DeepseekV3").model.layers[0].self_attn
+    wide = NOPE + ROTARY
+    query, key, value = (torch.randn(1, HEADS, n, wide) for n in (3, 9, 9))
+    chosen = torch.randint(9, (1, 3, 4))
+    attend = partial(santa_attention, layer, query, key, value, indices=chosen)
+    with pytest.raises(NotImplementedError, match="attention_mask=None"):
+        attend(None)
+    out, _ = attend(torch.ones(1, 1, 3, 9, dtype=torch.bool))
+    assert out.shape == (1, 3, HEADS, wide)
 
 
 def test_a_class_that_caches_what_it_expanded_keeps_its_expand_kv() -> None:

@@ -319,6 +319,11 @@ def _chosen(
         query.shape[0], query.shape[2], key.shape[2], dtype=torch.bool
     ).scatter(-1, indices.long(), True)[:, None]
     if mask is None:
+        if query.shape[2] > 1:
+            raise NotImplementedError(
+                f"sparse attention over {query.shape[2]} query tokens needs a mask that says what "
+                "each of them sees, got attention_mask=None"
+            )
         return chosen
     if mask.dtype == torch.bool:
         return mask & chosen

@@ -21,6 +21,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 
 from ..config import SantaConfig
 from .attention import santa_attention
+from .compat import longest_query, paged_update
 
 __all__ = ["PAGED", "allow_continuous_batching", "santa_paged_attention", "santa_paged_mask"]
 
@@ -79,9 +80,9 @@ def santa_paged_attention(
         )
     tokens = query.shape[2]
     starts_q = kwargs["cu_seq_lens_q"]
-    longest_q = kwargs.get("max_length_q", kwargs.get("max_seqlen_q"))
+    longest_q = longest_query(kwargs)
     position_ids = kwargs.get("position_ids")
-    key, value, starts_k, longest_k = _updated(cache, key, value, module.layer_idx, kwargs)
+    key, value, starts_k, longest_k = paged_update(cache, key, value, module.layer_idx, kwargs)
     rest = {name: given for name, given in kwargs.items() if name not in _OF_THE_BATCH}
     window = rest.get("sliding_window")
     attend: Any = functools.partial(
@@ -117,38 +118,6 @@ def santa_paged_attention(
         return sampled.contiguous(), None
     out[:, rows] = sampled
     return out, None
-
-
-def _updated(
-    cache: Any,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layer: Any,
-    kwargs: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Write the new tokens, and read those of every sequence: keys and values (1, KVH, n, D), where
-    each sequence starts in them (sequences + 1,), and the length of the longest."""
-    groups = getattr(cache, "layer_index_to_group_indices", None)
-    if (
-        groups is None
-    ):  # Transformers 5.23: the cache narrows the arguments down to the layer itself
-        narrowed = dict(kwargs)
-        key, value = cache.update(
-            key_states=key, value_states=value, layer_idx=layer, kwargs=narrowed
-        )
-        return key, value, narrowed["cu_seq_lens_k"], narrowed["max_length_k"]
-    key, value = cache.update(
-        key_states=key,
-        value_states=value,
-        layer_idx=layer,
-        read_index=kwargs["read_index"],
-        write_index=kwargs["write_index"],
-    )
-    starts, longest = kwargs["cu_seq_lens_k"], kwargs["max_seqlen_k"]
-    if isinstance(starts, Mapping):
-        kind = "full_attention" if cache.sliding_windows[layer] == 1 else "sliding_attention"
-        starts, longest = starts[kind], longest[kind]
-    return key.transpose(0, 1)[None], value.transpose(0, 1)[None], starts, longest
 
 
 def _prefill_mask(
