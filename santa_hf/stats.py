@@ -1,7 +1,8 @@
 """Counters: what each attention layer did with its calls, and why it did not sample.
 
-Counting is plain Python on the host, and only `count_value_rows` waits for a GPU. Calls inside a
-compiled graph are not seen, since Python does not run there.
+Counting never waits for a GPU: which rows of a call were exact may be known to the device alone, and is
+asked when counters are read. Only `count_value_rows` waits. Calls inside a compiled graph are not seen,
+since Python does not run there.
 """
 
 from __future__ import annotations
@@ -11,10 +12,21 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
-__all__ = ["LayerStats", "Stats", "count_value_rows", "layer_stats", "reset_stats", "stats"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "LayerStats",
+    "Stats",
+    "count_as_dense",
+    "count_value_rows",
+    "layer_stats",
+    "reset_stats",
+    "stats",
+]
 
 
 @dataclass
@@ -22,11 +34,10 @@ class LayerStats:
     """Counters of one attention layer, or of a whole model when summed.
 
     Attributes:
-        sampled: decode calls that drew samples.
-        samples: draws, summed over rows of the batch and query heads. Under a mask on a GPU, rows below
-            min_context are known to the device alone, and count as if they had been sampled.
-        dense: decode calls that were dense as configured (estimator "dense", or fewer visible keys
-            than min_context).
+        sampled: decode calls that drew samples, for one row of the batch at least.
+        samples: draws, summed over rows of the batch and query heads.
+        dense: decode calls that were dense as configured (estimator "dense", or in every row fewer
+            visible keys than min_context).
         multi_token: calls with several query tokens (prefill, speculative verification), dense by
             design.
         fallbacks: decode calls that went dense because they cannot be sampled, by reason.
@@ -73,7 +84,31 @@ class Stats:
         return "\n".join(lines)
 
 
+class _ExactRows:
+    """Rows that calls of one shape counted as sampled and were exact; added up on their device."""
+
+    def __init__(self, draws: int) -> None:
+        self.draws = draws  # of one row
+        self.calls: list[torch.Tensor] = []  # bool (B,) each, not added up yet
+        self.sums: torch.Tensor | int = 0  # int64 (2,): calls that were exact as a whole, rows
+
+    def add(self, exact: torch.Tensor) -> None:
+        self.calls.append(exact)
+        if len(self.calls) == 256:  # most steps launch nothing, and memory stays bounded
+            self.total()
+
+    def total(self) -> torch.Tensor:
+        import torch
+
+        if self.calls:
+            calls = torch.stack(self.calls)
+            self.sums = self.sums + torch.stack((calls.all(1).sum(), calls.sum()))
+            self.calls = []
+        return cast("torch.Tensor", self.sums)
+
+
 _by_module: WeakKeyDictionary[Any, LayerStats] = WeakKeyDictionary()
+_exact_rows: WeakKeyDictionary[Any, dict[Any, _ExactRows]] = WeakKeyDictionary()
 _warned: set[str] = set()
 _count_rows = False
 
@@ -86,6 +121,27 @@ def layer_stats(module: Any) -> LayerStats:
         return _by_module.setdefault(module, LayerStats())
 
 
+def count_as_dense(module: Any, exact: torch.Tensor, draws: int) -> None:
+    """Note that the rows `exact`, bool (B,), of a call that was counted as sampled were not.
+
+    Args:
+        draws: samples that were counted for each row.
+    """
+    key = (draws, exact.shape, exact.device)
+    known = _exact_rows.setdefault(module, {})
+    known.setdefault(key, _ExactRows(draws)).add(exact)
+
+
+def _settle(module: Any) -> None:
+    """Wait for the device, and correct the counters of a module by what `count_as_dense` noted."""
+    for rows in _exact_rows.pop(module, {}).values():
+        calls, exact = rows.total().tolist()
+        counters = layer_stats(module)
+        counters.sampled -= calls
+        counters.dense += calls
+        counters.samples -= exact * rows.draws
+
+
 def stats(model: Any) -> Stats:
     """What the attention layers of `model` have done since they were made or last reset.
 
@@ -96,6 +152,7 @@ def stats(model: Any) -> Stats:
     layers: dict[int, LayerStats] = {}
     total = LayerStats()
     for module in model.modules():
+        _settle(module)
         counters = _by_module.get(module)
         if counters is not None:
             index = getattr(module, "layer_idx", None)
@@ -108,6 +165,7 @@ def reset_stats(model: Any) -> None:
     """Set the counters of `model` to zero."""
     for module in model.modules():
         _by_module.pop(module, None)
+        _exact_rows.pop(module, None)
 
 
 @contextmanager

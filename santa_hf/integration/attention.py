@@ -21,7 +21,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from .. import reference
 from ..config import LayerConfig, SantaConfig
 from ..functional import santa_decode
-from ..stats import counting_value_rows, layer_stats, warn_once
+from ..stats import count_as_dense, counting_value_rows, layer_stats, warn_once
 from . import mla
 from .configure import layer_config
 
@@ -131,7 +131,11 @@ def santa_attention(
     latent = mla.are_latents(module, query, key)
     _check_inputs(query, key, value, attention_mask, latent)
     config = layer_config(module, santa)
-    reason = _why_not_sampled(module, query, key, value, attention_mask, dropout, kwargs)
+    head_offset = _head_offset(module, query.shape[1])
+    if head_offset is None:
+        reason: str | None = "the heads of the layer are sharded in an unknown way"
+    else:
+        reason = _why_not_sampled(module, query, key, value, attention_mask, dropout, kwargs)
     if config.estimator == "dense":
         _count(module, "dense")
         if reason is not None:
@@ -143,10 +147,14 @@ def santa_attention(
     if latent:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         query = mla.absorb(module, query)
-        out = _decode(module, query, key, key, attention_mask, scaling, config, kwargs, value)
+        out = _decode(
+            module, query, key, key, attention_mask, scaling, config, head_offset, kwargs, value
+        )
         out = mla.project(module, out)
     else:
-        out = _decode(module, query, key, value, attention_mask, scaling, config, kwargs)
+        out = _decode(
+            module, query, key, value, attention_mask, scaling, config, head_offset, kwargs
+        )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -212,6 +220,7 @@ def _decode(
     mask: torch.Tensor | None,
     scaling: float | None,
     config: LayerConfig,
+    head_offset: int | None,
     kwargs: Mapping[str, Any],
     rotary_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -238,7 +247,7 @@ def _decode(
         return step(estimator="dense")
     exact = _short_rows(mask, batch, config.min_context)
     position = _position(batch, kwargs)
-    head_offset = _head_offset(module, heads) or 0
+    assert head_offset is not None  # such a layer went dense
     out = step(
         exact=exact,
         head_offset=head_offset,
@@ -249,10 +258,9 @@ def _decode(
         position=position,
     )
     if not torch.compiler.is_compiling():
-        rows = batch
-        if exact is not None and not exact.is_cuda:
-            rows -= int(exact.sum())
-        _count(module, "sampled" if rows else "dense", config.samples * heads * rows)
+        _count(module, "sampled", config.samples * heads * batch)
+        if exact is not None:
+            count_as_dense(module, exact, config.samples * heads)
         if counting_value_rows():
             sampled = None if exact is None else ~exact
             _count_rows(
@@ -363,8 +371,6 @@ def _why_not_sampled(
             return reason
     if getattr(module, "layer_idx", None) is None:
         return "the layer has no layer_idx, and layers must not share draws"
-    if _head_offset(module, query.shape[1]) is None:
-        return "the heads of the layer are sharded in an unknown way"
     if mask is not None and not (
         isinstance(mask, torch.Tensor)
         and mask.dtype == torch.bool
@@ -373,7 +379,7 @@ def _why_not_sampled(
         and mask.shape[1:] == (1, 1, key.shape[2])
     ):
         return "the mask is not a boolean row per sequence"
-    if _position(1, kwargs) is not None:
+    if _position_ids(kwargs) is not None:
         return None
     if not hasattr(module, "is_causal") and kwargs.get("is_causal") is None:
         return "the layer does not say that it is causal, and was called without position_ids"
@@ -389,12 +395,18 @@ def _is_causal(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
-def _position(batch: int, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """Position of this step's token in each row, (B,), from position_ids (B or 1, 1)."""
+def _position_ids(kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Position of this step's token in each row, (B or 1, 1)."""
     position_ids = kwargs.get("position_ids")
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != 1:
         return None
-    return position_ids[:, 0].expand(batch) if position_ids.shape[0] == 1 else position_ids[:, 0]
+    return cast(torch.Tensor, position_ids)
+
+
+def _position(batch: int, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The same as (B,)."""
+    position_ids = _position_ids(kwargs)
+    return None if position_ids is None else position_ids.flatten().expand(batch)
 
 
 def _head_offset(module: torch.nn.Module, heads: int) -> int | None:
