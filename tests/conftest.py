@@ -68,6 +68,7 @@ def fresh_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = importlib.import_module("santa_hf.stats")
     monkeypatch.setattr(stats, "_warned", set())
     monkeypatch.setattr(stats, "_by_module", type(stats._by_module)())
+    monkeypatch.setattr(stats, "_exact_rows", type(stats._exact_rows)())
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def _text_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     return list({id(config): config for config in (stored, *same)}.values())
 
 
-_Source = tuple[Any, str | None, int, int | None]
+_Source = tuple[Any, str | None, int | None]
 _resolved: WeakKeyDictionary[torch.nn.Module, tuple[_Source, LayerConfig]] = WeakKeyDictionary()
 
 
@@ -85,30 +85,32 @@ def layer_config(
             `override` is not valid.
     """
     config = getattr(module, "config", None)
-    source: _Source = (
-        getattr(config, "santa", None),
-        os.environ.get(CONFIG_VARIABLE),
-        getattr(module, "layer_idx", None) or 0,
-        # Of an encoder-decoder, this would be the encoder's.
+    stored = getattr(config, "santa", None)
+    path = os.environ.get(CONFIG_VARIABLE)
+    layer = getattr(module, "layer_idx", None)
+    if override is None and not torch.compiler.is_compiling():
+        # Resolved again only when the dict on the config or the environment changes: a decode step
+        # costs a comparison, not a validation.
+        known = _resolved.get(module)
+        if known is not None and known[0] == (stored, path, layer):
+            return known[1]
+    num_layers = (
         None
+        # Of an encoder-decoder, this would be the encoder's.
         if getattr(config, "is_encoder_decoder", False)
-        else getattr(config, "num_hidden_layers", None),
+        else getattr(config, "num_hidden_layers", None)
     )
     if override is not None:
         if not isinstance(override, SantaConfig):
-            override = _model_config(*source).merged(override)
-        if source[3] is not None:
-            override.check_layers(source[3])
-        return override.for_layer(source[2])
-    if torch.compiler.is_compiling():
-        return _layer_config(_copied(source[0]), *source[1:])
-    # Resolved again only when the dict on the config or the environment changes: a decode step
-    # costs a comparison, not a validation.
-    known = _resolved.get(module)
-    if known is None or known[0] != source:
-        known = ((_copied(source[0]), *source[1:]), _layer_config(*source))
-        _resolved[module] = known
-    return known[1]
+            override = _model_config(stored, path, num_layers).merged(override)
+        if num_layers is not None:
+            override.check_layers(num_layers)
+        return override.for_layer(layer or 0)
+    stored = _copied(stored)
+    resolved = _layer_config(stored, path, layer or 0, num_layers)
+    if not torch.compiler.is_compiling():
+        _resolved[module] = (stored, path, layer), resolved
+    return resolved
 
 
 def _copied(value: Any) -> Any:
@@ -121,11 +123,11 @@ def _layer_config(
     stored: Mapping[str, Any] | None, path: str | None, layer: int, num_layers: int | None
 ) -> LayerConfig:
     """Not traced: a graph guards on the arguments and holds the result as a constant."""
-    return _model_config(stored, path, layer, num_layers).for_layer(layer)
+    return _model_config(stored, path, num_layers).for_layer(layer)
 
 
 def _model_config(
-    stored: Mapping[str, Any] | None, path: str | None, layer: int, num_layers: int | None
+    stored: Mapping[str, Any] | None, path: str | None, num_layers: int | None
 ) -> SantaConfig:
     if stored is None:
         source = CONFIG_VARIABLE
