@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+import santa_hf
+from santa_hf.integration import cache as cache_module
 from santa_hf.integration.cache import CHUNK, InPlaceLayer, InPlaceSlidingWindowLayer
 
 WINDOW = 24
@@ -82,31 +86,50 @@ def test_any_sequence_of_operations_leaves_what_dynamic_layers_hold(kind: str, s
         same(stock, ours)
 
 
+class BytesWritten(TorchDispatchMode):
+    """Counts the bytes that operations write. Views write nothing, nor do allocations, which are only
+    filled with NaN here (conftest)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and not any(word in func.name() for word in ("empty", "fill")):
+            self.count += sum(t.nbytes for t in (out if isinstance(out, tuple) else (out,)))
+        return out
+
+
 @pytest.mark.parametrize("kind", PAIRS)
-def test_steps_copy_a_bounded_number_of_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, our_class, arguments = PAIRS[kind]
-    layer, prompt, steps = our_class(**arguments), 1000, 2000
-    layer.update(*states(1, prompt))
-    allocated = 0
-    held_at_first = layer._key_buffer.rows.data_ptr()
-    original = torch.Tensor.new_empty
-
-    def counted(self: torch.Tensor, *shape: int, **kwargs: object) -> torch.Tensor:
-        nonlocal allocated
-        allocated += shape[2]
-        return original(self, *shape, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", counted)
-    for i in range(steps):
-        layer.update(*states(1, 1))
-        if i == 0:
-            assert layer._key_buffer.rows.data_ptr() == held_at_first, "the first step copied"
-        # What is held when it was last allocated, and the head room.
-        capacity, length = layer._key_buffer.rows.shape[2], layer.keys.shape[2]
-        if kind == "full":
-            assert capacity <= length + max(CHUNK, length // 8)
-    # Keys and values, each at most eight rows copied and one written per step.
-    assert allocated <= 2 * 10 * (steps + prompt)
+def test_steps_write_a_bounded_number_of_bytes(kind: str) -> None:
+    """For every token that was ever added, at most its own row and eight that were there already; at
+    the first step after a prompt its own alone. Stock layers write all they hold at every step."""
+    stock_class, our_class, arguments = PAIRS[kind]
+    prompt, steps, row = 1000, 2000, 4 * 2 * (8 + 4)
+    new = [states(1, 1) for _ in range(steps)]
+    written = {}
+    for layer in (stock_class(**arguments), our_class(**arguments)):
+        layer.update(*states(1, prompt))
+        with BytesWritten() as first:
+            layer.update(*new[0])
+        with BytesWritten() as later:
+            for step in new[1:]:
+                layer.update(*step)
+                if isinstance(layer, InPlaceLayer) and kind == "full":
+                    length = layer.keys.shape[2]
+                    for buffer in (layer._key_buffer, layer._value_buffer):
+                        assert buffer.rows is not None
+                        assert buffer.rows.shape[2] <= length + max(CHUNK, length // 8)
+        written[type(layer)] = first.count, later.count
+    first_bytes, later_bytes = written[our_class]
+    assert first_bytes == row
+    assert later_bytes <= 9 * row * (prompt + steps)
+    held = WINDOW if kind == "sliding" else prompt
+    assert written[stock_class][0] >= held * row  # the count can fail
+    assert written[stock_class][1] >= held * row * (steps - 1)
 
 
 def test_a_copy_of_a_cache_is_independent() -> None:
@@ -178,19 +201,89 @@ def test_only_caches_of_models_that_ask_for_santa_change() -> None:
     assert not issubclass(QuantizedCache, DynamicCache)
 
 
+BATCH = tiny.left_padded(tiny.prompts(150, 90))
+# A prompt that repeats itself, for prompt lookup to find.
+REPEATED = torch.cat([tiny.prompts(150)[0], tiny.prompts(150)[0][:, 100:130]], 1)
+
+
+def greedy(model: PreTrainedModel, **kwargs: Any) -> torch.Tensor:
+    arguments = {**BATCH, "max_new_tokens": 40, "do_sample": False, **kwargs}
+    return model.generate(**arguments)
+
+
+def several_turns(model: PreTrainedModel) -> torch.Tensor:
+    """Three turns over one cache, the last after its end was cropped."""
+    cache = DynamicCache(config=model.config)
+    tokens = BATCH["input_ids"][:1]
+    for turn in tiny.prompts(7, 45, 3, seed=5):
+        tokens = torch.cat([tokens, turn], 1)
+        settings = {"attention_mask": None, "past_key_values": cache, "max_new_tokens": 30}
+        tokens = greedy(model, input_ids=tokens, **settings)
+        if not any(cache.is_sliding):
+            cache.crop(-5)
+            tokens = tokens[:, :-5]
+    return tokens
+
+
+def plain_forward(model: PreTrainedModel) -> torch.Tensor:
+    """A loop of calls without generate, which makes its cache in the model's forward."""
+    with torch.no_grad():
+        out = model(BATCH["input_ids"][:1])
+        tokens = [out.logits[:, -1:].argmax(-1)]
+        for _ in range(30):
+            out = model(tokens[-1], past_key_values=out.past_key_values)
+            tokens.append(out.logits[:, -1:].argmax(-1))
+    return torch.cat(tokens, 1)
+
+
+WAYS = {
+    "greedy": greedy,
+    "beams": lambda model: greedy(model, num_beams=3),
+    "several turns": several_turns,
+    "plain forward": plain_forward,
+    "prompt lookup": lambda model: greedy(
+        model, input_ids=REPEATED, attention_mask=None, prompt_lookup_num_tokens=4
+    ),
+    "assisted": lambda model: greedy(
+        model,
+        input_ids=REPEATED,
+        attention_mask=None,
+        assistant_model=tiny.use(tiny.shared("qwen2", torch.float64), "sdpa"),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_generation_equals_the_stock_cache(family: str) -> None:
-    model = tiny.use(tiny.build(family, torch.float64), "santa", samples=8)
-    batch = tiny.left_padded(tiny.prompts(150, 90))
-    ours = model.generate(**batch, max_new_tokens=40, do_sample=False)
-    layers = [
-        DynamicSlidingWindowLayer(sliding_window=tiny.WINDOW)
-        if layer.is_sliding
-        else DynamicLayer()
-        for layer in DynamicCache(config=model.config).layers
-    ]
-    stock = DynamicCache(config=model.config)
-    stock.layers = layers
-    theirs = model.generate(**batch, max_new_tokens=40, do_sample=False, past_key_values=stock)
-    assert torch.equal(ours, theirs)
-    assert all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in stock.layers)
+def test_generation_equals_the_stock_cache(
+    family: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.use(tiny.shared(family, torch.float64), "santa", samples=8, strict=True)
+    updates: list[int] = []
+    append = InPlaceLayer._append
+
+    def counted(*args: Any) -> Any:
+        updates.append(1)
+        return append(*args)
+
+    monkeypatch.setattr(InPlaceLayer, "_append", counted)
+    ours = WAYS[way](model)
+    assert updates
+    calls = santa_hf.stats(model).total
+    assert calls.sampled  # when assisted, a last token that was not proposed
+    assert (calls.multi_token > 20 * tiny.LAYERS) == (way in ("prompt lookup", "assisted"))
+    assert not calls.fallbacks
+    updates.clear()
+    monkeypatch.setattr(cache_module, "_IN_PLACE", {})
+    assert torch.equal(WAYS[way](model), ours)
+    assert not updates
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_without_a_cache_every_token_is_computed_exactly(family: str) -> None:
+    model = tiny.use(tiny.shared(family, torch.float64), "santa", samples=8, strict=True)
+    ours = greedy(model, use_cache=False, max_new_tokens=12)
+    calls = santa_hf.stats(model).total
+    assert (calls.sampled, calls.multi_token) == (0, 12 * tiny.LAYERS)
+    tiny.use(model, "sdpa")
+    assert torch.equal(ours, greedy(model, use_cache=False, max_new_tokens=12))

@@ -13,6 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AttentionInterface, PreTrainedModel, StoppingCriteria
 
+import santa_hf
 from santa_hf import santa_decode
 from santa_hf.integration.attention import santa_attention
 from santa_hf.integration.cache import InPlaceLayer
@@ -82,6 +83,67 @@ def test_rows_below_min_context_are_exact_in_a_graph(min_context: int) -> None:
         difference = (logits[:, 1] - exact).abs().amax(-1)
         assert difference[0] > 1e-2
         assert (difference[1] < 5e-4) == bool(min_context), difference
+
+
+def test_rows_below_min_context_are_not_counted_as_sampled() -> None:
+    """The device alone knows them; they are asked for when counters are read."""
+    model = tiny.use(tiny.build("llama").cuda(), "santa", samples=16, min_context=BETWEEN)
+    steps = 320
+    generate(model, steps + 1)
+    counters = santa_hf.stats(model).total
+    # Row 0 sees 301 keys at its first step, row 1 261: it reaches 280 at its 20th.
+    draws = tiny.LAYERS * 16 * tiny.HEADS
+    assert (counters.sampled, counters.dense) == (tiny.LAYERS * steps, 0)
+    assert counters.samples == draws * (steps + steps - 19)
+    santa_hf.reset_stats(model)
+    tiny.use(model, "santa", samples=16, min_context=310)
+    generate(model, steps + 1)
+    counters = santa_hf.stats(model).total
+    # Row 0 reaches 310 at its 10th step, row 1 at its 50th.
+    assert (counters.sampled, counters.dense) == (tiny.LAYERS * (steps - 9), tiny.LAYERS * 9)
+    assert counters.samples == draws * (steps - 9 + steps - 49)
+
+
+@pytest.mark.parametrize("estimator", ["systematic", "dense"])
+def test_slots_that_are_not_filled_cost_next_to_nothing(estimator: str) -> None:
+    """7 of 8 slots of a static cache are empty, and poisoned: not read, and hardly paid for."""
+    filled, slots = 16384, 131072
+    query = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+    key, value = (
+        torch.full((1, 8, slots, 128), float("nan"), device="cuda", dtype=torch.bfloat16)
+        for _ in range(2)
+    )
+    for states in (key, value):
+        states[:, :, :filled].normal_()
+    visible = (torch.arange(slots, device="cuda") < filled)[None, None, None]
+
+    def step(n: int) -> torch.Tensor:
+        return santa_decode(
+            query, key[:, :, :n], value[:, :, :n], estimator=estimator, mask=visible[..., :n]
+        )
+
+    def milliseconds(n: int) -> float:
+        graph = torch.cuda.CUDAGraph()
+        step(n)
+        with torch.cuda.graph(graph):
+            for _ in range(20):
+                step(n)
+        times = []
+        for _ in range(10):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop) / 20)
+        return min(times)
+
+    torch.testing.assert_close(step(slots), step(filled), rtol=1e-2, atol=1e-3)
+    short, long = milliseconds(filled), milliseconds(slots)
+    visible = torch.ones_like(visible)
+    full = milliseconds(slots)
+    print(f"{estimator}: {filled} slots {short:.4f} ms, {slots} {long:.4f}, filled {full:.4f}")
+    assert long < 0.5 * full
 
 
 def _never_waiting(call: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:

@@ -107,3 +107,28 @@ def test_a_reason_warns_once() -> None:
         stats.warn_once("reason", "second")
     with pytest.warns(UserWarning, match="third"):
         stats.warn_once("another reason", "third")
+
+
+def test_exact_rows_are_taken_off_when_counters_are_read() -> None:
+    """Over more calls than are kept, of two shapes and budgets; once, and not after a reset."""
+    layers = model(0, 1)
+    generator = torch.Generator().manual_seed(1)
+    dense = samples = calls = 0
+    for i in range(700):
+        rows, draws = (3, 8) if i % 3 else (2, 5)
+        exact = torch.rand(rows, generator=generator) < 0.6
+        counters = stats.layer_stats(layers[0])
+        counters.sampled += 1
+        counters.samples += rows * draws
+        stats.count_as_dense(layers[0], exact, draws)
+        calls += 1
+        dense += int(exact.all())
+        samples += int((~exact).sum()) * draws
+        held = sum(len(rows.calls) for rows in stats._exact_rows[layers[0]].values())
+        assert held <= 2 * 256
+    for _ in range(2):
+        total = stats.stats(layers).total
+        assert (total.sampled, total.dense, total.samples) == (calls - dense, dense, samples)
+    stats.count_as_dense(layers[0], torch.ones(2, dtype=torch.bool), 8)
+    stats.reset_stats(layers)
+    assert stats.stats(layers).total == stats.LayerStats()
