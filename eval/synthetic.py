@@ -278,7 +278,7 @@ def _variables(source: Source, room: int) -> tuple[str, list[_Question]]:
     rng = source.random
     if rng.random() < 0.7:
         context, (example,) = _chains(source, 400, 1, letters=3)
-        solved = f"{context}{example.text}{example.answer()}\n\n\n\n"
+        solved = f"{context}{example.text} {example.answer()}\n\n\n\n"  # two spaces, as in RULER
         room -= len(source.tokens(solved))
     else:
         solved = ""
