@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,9 +112,8 @@ def measure(
     arms: Sequence[tuple[Arm, int]],
     *,
     dense: str,
-    advance: Any = lambda: None,
-) -> list[list[Passage]]:
-    """Feed passages through the decode path of every arm.
+) -> Iterator[list[Passage]]:
+    """Feed passages through the decode path of every arm, one after another.
 
     Args:
         model: a causal language model on its device.
@@ -123,11 +122,9 @@ def measure(
             to predict the second.
         arms: (arm, seed) each.
         dense: attention implementation of the dense arm.
-        advance: called after each arm.
 
-    Returns:
-        For each arm, the passages; their first token has no prediction, so they hold one value less
-        than tokens fed.
+    Yields:
+        For each arm, the passages, with a value for each token fed.
     """
     tokens = torch.tensor([list(passage) for passage in passages], device=model.device)
     fed, expected = tokens[:, context:-1], tokens[:, context + 1 :]
@@ -137,7 +134,6 @@ def measure(
     start = prefix.snapshot()
 
     reference = [prefix.step(model, step) for step in fed.T]
-    found = []
     for arm, seed in arms:
         use_arm(model, arm, seed, dense)
         kl, agrees, nll = [], [], []
@@ -149,14 +145,10 @@ def measure(
             agrees.append(log_probs.argmax(-1) == truth.argmax(-1))
             nll.append(-log_probs.gather(1, expected[:, t, None])[:, 0])
         columns = [torch.stack(values, 1).tolist() for values in (kl, agrees, nll)]
-        found.append(
-            [
-                Passage(sha256, [_rounded(x) for x in k], a, [_rounded(x) for x in n])
-                for sha256, k, a, n in zip(hashes, *columns, strict=True)
-            ]
-        )
-        advance()
-    return found
+        yield [
+            Passage(sha256, [_rounded(x) for x in k], a, [_rounded(x) for x in n])
+            for sha256, k, a, n in zip(hashes, *columns, strict=True)
+        ]
 
 
 def _rounded(value: float) -> float:
@@ -375,11 +367,12 @@ def _measure_all(
     found: list[list[Passage]] = [[] for _ in missing]
     with tqdm(total=len(parts) * len(missing), unit="arm", disable=arguments.quiet) as bar:
         for part in parts:
-            measured = measure(
-                model, part, arguments.context, missing, dense=dense, advance=bar.update
-            )
-            for whole, new in zip(found, measured, strict=True):
+            measured = measure(model, part, arguments.context, missing, dense=dense)
+            for (arm, seed), whole, new in zip(missing, found, measured, strict=True):
                 whole += new
-    for (arm, seed), whole in zip(missing, found, strict=True):
-        result = Fidelity(FORMAT, arm, seed, header.config_hash, source, arguments.context, whole)
-        write_json(_path(arguments.run, result), asdict(result))
+                if part is parts[-1]:
+                    result = Fidelity(
+                        FORMAT, arm, seed, header.config_hash, source, arguments.context, whole
+                    )
+                    write_json(_path(arguments.run, result), asdict(result))
+                bar.update()

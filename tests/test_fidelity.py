@@ -77,12 +77,12 @@ def test_divergence_is_that_of_the_distributions(model: Any) -> None:
 
 def test_more_samples_diverge_less_and_seeds_differ(model: Any) -> None:
     arms = [(runs.santa(s), seed) for s in (2, 512) for seed in (0, 1)]
-    found = measure(model, passages(1), CONTEXT, arms, dense="sdpa")
+    found = list(measure(model, passages(1), CONTEXT, arms, dense="sdpa"))
     few, again, many, _ = (np.mean(arm[0].kl) for arm in found)
     assert few > 5 * many > 0
     assert few != again
     repeated = measure(model, passages(1), CONTEXT, arms[:1], dense="sdpa")
-    assert repeated == found[:1]
+    assert list(repeated) == found[:1]
 
 
 def test_passages_are_spread_and_measured_parts_do_not_overlap() -> None:
@@ -170,7 +170,10 @@ def test_files_are_checked_against_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.model
 def test_the_command_measures_the_arms_of_a_run(
-    smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    smollm2: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from eval import results
 
@@ -188,6 +191,21 @@ def test_the_command_measures_the_arms_of_a_run(
     )
     arguments = [str(run), "--text", str(text), "--context", "100", "--tokens", "6"]
     arguments += ["--passages", "2", "--quiet", "--device", "cpu"]
+
+    def killed(*args: Any, **options: Any) -> Any:
+        arms = measure(*args, **options)
+        yield next(arms)
+        yield next(arms)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fidelity, "measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main("fidelity", arguments)
+    assert [(r.arm.name, r.seed) for r in load_fidelity(run, header)] == [
+        ("dense", 0),
+        ("santa-8", 0),
+    ]
     main("fidelity", arguments)
     printed = capsys.readouterr().out
     assert "santa-8" in printed
