@@ -6,7 +6,7 @@ result says nothing about SmolLM2, the difference between dense and sampled deco
 
 The base is loaded with a larger `rope_theta`, which the adapter is trained for; wherever it is used,
 the model's config needs the same changes before the weights are loaded: model_config.json, beside
-the adapter, holds them for the option --model-config of `python -m eval run`.
+the adapter, holds them, and `python -m eval run --adapter` makes them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from . import provenance, smollm2, synthetic
 from .cli import CommandError
 from .data import local_data
+from .models import CONFIG_FILE, load
 from .results import write_json
 
-__all__ = ["DIRECTORY", "MODEL_CONFIG", "load", "main", "train"]
+__all__ = ["DIRECTORY", "MODEL_CONFIG", "main", "train"]
 
 DIRECTORY = Path(__file__).parent / "checkpoints/smollm2-135m-32k"
 # 32,768 tokens of RULER, its answer, and what RULER's own count of tokens leaves out.
@@ -51,32 +52,6 @@ MIXTURE = {"needles": 0.2, "variables": 0.25, "common_words": 0.35, "frequent_wo
 # Lengths of the sequences, in quarters of the training: short ones teach more in a second.
 LENGTHS = ((2048, 4096), (4096, 8192, 16384), (8192, 16384, 32768), (16384, 32768, 32768))
 _PACKAGES = ("transformers", "peft", "lm-eval", "wonderwords")
-
-
-def load(
-    base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str] | None,
-    *,
-    dtype: torch.dtype | str = torch.bfloat16,
-    config: Mapping[str, Any] = MODEL_CONFIG,
-    **options: Any,
-) -> PreTrainedModel:
-    """The base model with `config`'s changes, and the adapter, if any, merged into its weights.
-
-    Args:
-        base: directory or hub id.
-        adapter: directory or hub id, or None.
-        dtype: of the weights; "auto" for that of the checkpoint.
-        config: what to change in the model's config before the weights are loaded.
-        **options: for `from_pretrained` (revision).
-    """
-    from peft import PeftModel
-
-    changed = AutoConfig.from_pretrained(base, **config, **options)
-    model = AutoModelForCausalLM.from_pretrained(base, config=changed, dtype=dtype, **options)
-    return (
-        model if adapter is None else PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    )
 
 
 class Sequences(IterableDataset):
@@ -172,7 +147,7 @@ def train(
 
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model: Any = load(base, None)
+    model: Any = load(base, dtype=torch.bfloat16, model_config=MODEL_CONFIG)
     model.to(device)
     peft_model: Any
     if initial is None:
@@ -289,7 +264,7 @@ def save(model: Any, out: str | os.PathLike[str], record: Mapping[str, Any]) -> 
         "inference_mode": True,
     }
     write_json(out / "adapter_config.json", values)
-    write_json(out / "model_config.json", MODEL_CONFIG)
+    write_json(out / CONFIG_FILE, MODEL_CONFIG)
     write_json(out / "training.json", record)
 
 

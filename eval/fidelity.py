@@ -25,11 +25,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from .adapter import load
 from .arms import DENSE, use_arm
 from .cli import CommandError
 from .data import local_data
 from .decode import Prefix
+from .models import dense_attention, load
 from .results import Arm, Header, load_header, read_json, write_json
 from .statistics import Estimate, bootstrap
 
@@ -336,7 +336,7 @@ def _load(header: Header, device: str) -> Any:
             header.model["name"],
             header.model.get("adapter"),
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            config=header.model.get("model_config") or {},
+            model_config=header.model.get("model_config"),
             **_revision(header),
         )
     except (OSError, ValueError) as error:
@@ -352,10 +352,7 @@ def _measure_all(
     missing: Sequence[tuple[Arm, int]],
 ) -> None:
     model = _load(header, arguments.device)
-    config = model.config.get_text_config(decoder=True)
-    # SDPA ignores the soft cap of scores.
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    dense = "eager" if capped else str(config._attn_implementation)
+    dense = dense_attention(model)
     tokenizer = AutoTokenizer.from_pretrained(header.model["name"], **_revision(header))
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     # One more token is fed than is measured: it predicts the first of those.

@@ -12,7 +12,6 @@ goes through decode steps, for scoring and for generating, several documents at 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from santa_hf import SantaConfig
 
@@ -32,9 +31,10 @@ from . import data
 from .arms import DENSE, arms_from_settings, check_device, use_arm
 from .cli import CommandError
 from .decode import Prefix, generate, has_plain_cache, score
+from .models import changed_config, dense_attention
 from .processes import device_name, processes
 
-__all__ = ["Request", "SantaLM", "batches", "dense_attention", "main"]
+__all__ = ["Request", "SantaLM", "batches", "main"]
 
 _SANTA_FIELDS = {field.name for field in dataclasses.fields(SantaConfig)} - {"layers"}
 
@@ -93,15 +93,6 @@ def batches(
         batch.append(i)
     if batch:
         yield batch
-
-
-def dense_attention(model: PreTrainedModel) -> str:
-    """The attention that the dense arm uses: what Transformers chose for the model, but eager for
-    soft-capped scores, which SDPA ignores."""
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "eager"
-    return str(config._attn_implementation)
 
 
 @register_model("santa")
@@ -323,34 +314,6 @@ def _whole(request: Request, max_length: int) -> Request:
             f"to max_length={max_length}"
         )
     return request
-
-
-def changed_config(
-    pretrained: str, changes: str | Mapping[str, Any] | None, kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The keyword that loads a model with changes to its config; empty without changes.
-
-    Raises:
-        CommandError: `changes` is not a mapping, or names what the config does not have.
-    """
-    if not changes:
-        return {}
-    if isinstance(changes, str):
-        try:
-            changes = json.loads(changes)
-        except ValueError as error:
-            raise CommandError(f"the changes to the model's config are no JSON: {error}") from error
-    if not isinstance(changes, Mapping):
-        raise CommandError(f"the changes to the model's config must be a mapping, got {changes!r}")
-    names = ("revision", "trust_remote_code")
-    config = AutoConfig.from_pretrained(
-        pretrained, **{name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    )
-    for name, value in changes.items():
-        if not hasattr(config, name):
-            raise CommandError(f"the config of {pretrained} has no {name!r}")
-        setattr(config, name, value)
-    return {"config": config}
 
 
 def main(prog: str, argv: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ from . import data, provenance, results
 from .arms import check_device, use_arm
 from .cli import CommandError
 from .decode import Decoded, Prefix, count_value_rows
+from .models import adapters_config, changed_config
 from .processes import device_name, processes
 from .results import Arm, Counters, Header, Result
 from .suite import SUITES, Suite, find_suite
@@ -452,8 +453,6 @@ def _check_model(model: dict[str, Any], suite: Suite) -> None:
     """Refuse a model, or what is to be done with it, as far as its configuration tells."""
     from peft import PeftConfig
 
-    from .lm import changed_config
-
     dtype = model.get("dtype") or "auto"
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise CommandError(f"dtype must be auto or the name of a torch dtype, got {dtype!r}")
@@ -571,7 +570,12 @@ def _arguments(prog: str, argv: Sequence[str]) -> argparse.Namespace:
     add("--revision", help="of the model on the hub")
     add("--adapter", help="path or hub id of a LoRA adapter, merged before the run")
     add("--dtype", help="default: that of the checkpoint")
-    add("--model-config", metavar="JSON", help="changes to the model's config, made before loading")
+    add(
+        "--model-config",
+        metavar="JSON",
+        help="changes to the model's config, made before loading; default: the model_config.json "
+        "beside the adapter, if it has one",
+    )
     add("--suite", required=True, help=f"a YAML file, or one of {names}")
     add(
         "--arms",
@@ -627,7 +631,11 @@ def main(prog: str, argv: Sequence[str]) -> None:
         "revision": arguments.revision,
         "adapter": arguments.adapter,
         "dtype": arguments.dtype,
-        "model_config": _json(arguments.model_config),
+        "model_config": (
+            adapters_config(arguments.adapter)
+            if arguments.model_config is None
+            else _json(arguments.model_config)
+        ),
     }
     options = Options(
         device=arguments.device,
@@ -641,9 +649,7 @@ def main(prog: str, argv: Sequence[str]) -> None:
         print(table(found))
 
 
-def _json(text: str | None) -> Any:
-    if text is None:
-        return None
+def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:

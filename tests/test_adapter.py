@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from eval import adapter, synthetic
+from eval import adapter, models, run, synthetic
 from eval.cli import CommandError
 from eval.synthetic import TASKS, Example, Source, draw
 
@@ -200,7 +200,7 @@ def test_draw_refuses(source: Source, task: str, length: int) -> None:
 
 @pytest.mark.model
 def test_loss_is_the_probability_of_any_right_token(tiny_llama: Path) -> None:
-    model = adapter.load(tiny_llama, None, dtype=torch.float64)
+    model = models.load(tiny_llama, dtype=torch.float64)
     examples = [
         Example([5, 6, 7, 8, 9], [synthetic.Target(1, (7,)), synthetic.Target(3, (9, 11))]),
         Example([5, 6, 7], [synthetic.Target(1, (7, 1, 2))]),
@@ -235,7 +235,9 @@ def test_training_learns_saves_and_goes_on(tiny_llama: Path, tmp_path: Path) -> 
     batch = adapter.collate(drawn, 512, tokenizer.eos_token_id)
 
     def loss(directory: Path | None) -> float:
-        model = adapter.load(tiny_llama, directory, dtype=torch.float32)
+        model = models.load(
+            tiny_llama, directory, dtype=torch.float32, model_config=adapter.MODEL_CONFIG
+        )
         assert model.config.rope_parameters["rope_theta"] == 1e6
         assert model.config.max_position_embeddings == 33792
         with torch.inference_mode():
@@ -263,6 +265,24 @@ def test_prose_is_read_from_local_data(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "gsm8k/main/train.parquet").unlink()
     with pytest.raises(CommandError, match=r"train\.parquet is missing"):
         adapter._prose()
+
+
+def test_a_run_makes_the_changes_to_the_config_that_an_adapter_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: list[Any] = []
+    monkeypatch.setattr(run, "run", lambda model, *_: changes.append(model["model_config"]))
+    command = ["--model", "some", "--suite", "smoke", "--out", str(tmp_path / "out")]
+    adapter_option = ["--adapter", str(tmp_path)]
+    run.main("run", [*command, *adapter_option])
+    (tmp_path / models.CONFIG_FILE).write_text('{"rope_scaling": 2}')
+    run.main("run", command)
+    run.main("run", [*command, *adapter_option])
+    run.main("run", [*command, *adapter_option, "--model-config", "{}"])
+    assert changes == [None, None, {"rope_scaling": 2}, {}]
+    (tmp_path / models.CONFIG_FILE).write_text("{")
+    with pytest.raises(CommandError, match=r"model_config\.json"):
+        run.main("run", [*command, *adapter_option])
 
 
 @pytest.mark.parametrize(
