@@ -7,14 +7,21 @@ first answer token already goes through the decode path, for generation and for 
 Prompts of a batch are prefilled without padding on the left, which keeps SDPA's causal kernel, and laid
 side by side in one buffer, aligned on the right. Arms write behind the contexts and are rewound: nothing
 is copied between them.
+
+A decode step of a small model is a thousand launches, which take longer than what they launch. On a GPU
+the second step of an answer is therefore recorded as a CUDA graph, and the others replay it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,11 +29,13 @@ from transformers.cache_utils import DynamicLayer
 
 import santa_hf
 from santa_hf.integration.cache import InPlaceLayer
+from santa_hf.stats import LayerStats, layer_stats
 
 __all__ = [
     "Decoded",
     "Prefix",
     "Scored",
+    "Steps",
     "count_value_rows",
     "generate",
     "has_plain_cache",
@@ -35,6 +44,8 @@ __all__ = [
 
 # Tokens of one prefill call: enough to fill a GPU, little enough that activations stay below the cache.
 _PREFILL_TOKENS = 65536
+# Fewest steps to come for which a graph is recorded: recording takes as long as a step or two.
+_WORTH_A_GRAPH = 5
 
 
 @dataclass(frozen=True)
@@ -65,19 +76,25 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, batch: int, capacity: int) -> None:
         super().__init__()
         self._batch, self._capacity = batch, capacity
+        # Where an update writes, and all is seen: int64 (1,). None: behind what the layer holds.
+        self.slot: torch.Tensor | None = None
 
-    def put(self, row: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the slots of one row from `start` on: (KVH, n, D), (KVH, n, Dv)."""
-        self._allocate(keys[None], values[None])
-        stop = start + keys.shape[1]
-        self._rows[0][row, :, start:stop] = keys
-        self._rows[1][row, :, start:stop] = values
+    def put(self, rows: torch.Tensor, stop: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the slots before `stop` of some rows (R,): (R, KVH, n, D), (R, KVH, n, Dv)."""
+        self._allocate(keys, values)
+        start = stop - keys.shape[2]
+        self._rows[0][rows, :, start:stop] = keys
+        self._rows[1][rows, :, start:stop] = values
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (B, KVH, q, D) and (B, KVH, q, Dv); returns all keys and values, as views."""
         self._allocate(key_states, value_states)
+        if self.slot is not None:
+            for rows, new in zip(self._rows, (key_states, value_states), strict=True):
+                rows.index_copy_(2, self.slot, new)
+            return self._rows
         start = self.get_seq_length()
         stop = start + key_states.shape[2]
         self._rows[0][:, :, start:stop] = key_states
@@ -94,7 +111,7 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         """The first rows of the batch, in the same memory."""
         layer = _Layer(batch, self._capacity)
         if self.is_initialized:
-            layer._rows = tuple(rows[:batch] for rows in self._rows)
+            layer._rows = (self._rows[0][:batch], self._rows[1][:batch])
             layer.lazy_initialization(*layer._rows)
             layer.rewind(self.get_seq_length())
         return layer
@@ -103,9 +120,9 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             # Zeros, not empty: a masked slot has weight zero, and zero times NaN is NaN.
-            self._rows = tuple(
-                t.new_zeros(self._batch, t.shape[1], self._capacity, t.shape[3])
-                for t in (keys, values)
+            self._rows: tuple[torch.Tensor, torch.Tensor] = (
+                keys.new_zeros(self._batch, keys.shape[1], self._capacity, keys.shape[3]),
+                values.new_zeros(self._batch, values.shape[1], self._capacity, values.shape[3]),
             )
             self.rewind(0)
 
@@ -137,15 +154,16 @@ class Prefix:
         self.width = max(lengths)
         self.lengths = torch.tensor(lengths, device=model.device)
         self.filled = self.width
+        self.capacity = self.width + room
         self._mask: torch.Tensor | None = None
         if min(lengths) < self.width:
-            slots = torch.arange(self.width + room, device=model.device)
+            slots = torch.arange(self.capacity, device=model.device)
             self._mask = (slots >= self.width - self.lengths[:, None]).long()
         self._shared = has_plain_cache(model)
         if self._shared:
             count = len(DynamicCache(config=model.config).layers)
             self._cache: Any = DynamicCache()
-            self._cache.layers = [_Layer(len(contexts), self.width + room) for _ in range(count)]
+            self._cache.layers = [_Layer(len(contexts), self.capacity) for _ in range(count)]
             self._prefill_rows(model, contexts)
         elif len(contexts) > 1:
             raise ValueError("the layers of this model do not cache all tokens: batch one prompt")
@@ -159,6 +177,22 @@ class Prefix:
         """Number of prompts."""
         return len(self.lengths)
 
+    @property
+    def has_buffers(self) -> bool:
+        """Whether the layers write into buffers with room for all that will be decoded."""
+        return self._shared
+
+    @contextmanager
+    def writing_to(self, slot: torch.Tensor) -> Iterator[DynamicCache]:
+        """The cache, whose layers write to a slot (1,) of their buffers and return them whole."""
+        for layer in self._cache.layers:
+            layer.slot = slot
+        try:
+            yield self._cache
+        finally:
+            for layer in self._cache.layers:
+                layer.slot = None
+
     def _prefill_rows(self, model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> None:
         for rows in _groups([len(context) for context in contexts]):
             # Padding on the right comes after every real token, which a causal layer never sees.
@@ -168,12 +202,19 @@ class Prefix:
                 input_ids[i, : len(contexts[row])] = torch.tensor(contexts[row])
             filled: Any = DynamicCache(config=model.config)
             _prefill(model, input_ids, filled)
+            index = torch.tensor(rows, device=model.device)
+            # From the right to the left of the padding, all rows at once: (R, 1, longest, 1). What comes
+            # to lie before a row's first token is masked.
+            shift = (longest - self.lengths[index])[:, None]
+            slots = (torch.arange(longest, device=model.device) - shift).clamp_(min=0)
+            moved = slots[:, None, :, None]
             for layer, source in zip(self._cache.layers, filled.layers, strict=True):
-                # A layer that reads the cache of another one has none of its own.
-                for i, row in enumerate(rows if source.is_initialized else ()):
-                    n = len(contexts[row])
-                    keys, values = source.keys[i, :, :n], source.values[i, :, :n]
-                    layer.put(row, self.width - n, keys, values)
+                if source.is_initialized:  # not if it reads the cache of another layer
+                    aligned = (
+                        states.gather(2, moved.expand_as(states)) if len(rows) > 1 else states
+                        for states in (source.keys, source.values)
+                    )
+                    layer.put(index, self.width, *aligned)
         self.restore(self.width)
 
     def step(self, model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -235,13 +276,153 @@ def _prefill(model: PreTrainedModel, input_ids: torch.Tensor, cache: DynamicCach
     model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _feed(model: PreTrainedModel, prefix: Prefix, windows: Sequence[Sequence[int]]) -> torch.Tensor:
+class Steps:
+    """Decode steps from where a prefix stands, attending as the model is set to.
+
+    On a GPU all but the first replay a CUDA graph, where the model and its attention allow it: the same
+    operations on the same tensors, in one launch.
+
+    Args:
+        model: decodes; its attention must not be changed while the steps are in use.
+        prefix: the prefilled contexts; moves on with every step.
+    """
+
+    def __init__(self, model: PreTrainedModel, prefix: Prefix) -> None:
+        self._prefix = prefix
+        self._eager = partial(prefix.step, model)
+        self._static: _StaticStep | None = None
+        worth = prefix.capacity - prefix.filled >= _WORTH_A_GRAPH
+        if prefix.lengths.is_cuda and worth and _StaticStep.takes(model, prefix):
+            self._static = _StaticStep(model, prefix)
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B,) to logits (B, V), which the next call overwrites."""
+        if self._static is not None:
+            try:
+                return self._static(tokens)
+            except _RecordingError as error:
+                warnings.warn(f"decode steps run one launch at a time: {error}", stacklevel=2)
+                self._static = None
+                self._prefix.restore(self._prefix.snapshot())
+        return self._eager(tokens)
+
+
+class _RecordingError(Exception):
+    """A step cannot be recorded as a CUDA graph."""
+
+
+class _StaticStep:
+    """A decode step whose tensors stay where they are, as a CUDA graph needs it.
+
+    It sees the whole buffers of a prefix through a mask, and moves on by itself: the slot that it
+    writes, the positions and the mask live on the device.
+    """
+
+    _refused: ClassVar[WeakSet[PreTrainedModel]] = WeakSet()
+
+    def __init__(self, model: PreTrainedModel, prefix: Prefix) -> None:
+        device = prefix.lengths.device
+        self._model, self._prefix = model, prefix
+        self._slots = torch.arange(prefix.capacity, device=device)
+        self._tokens = torch.zeros(prefix.batch, 1, dtype=torch.int64, device=device)
+        self._slot = self._slots.new_zeros(1)
+        self._positions = torch.zeros_like(self._tokens)
+        self._visible = torch.zeros(
+            prefix.batch, 1, 1, prefix.capacity, dtype=torch.bool, device=device
+        )
+        self._at: int | None = None
+        self._warm = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @classmethod
+    def takes(cls, model: PreTrainedModel, prefix: Prefix) -> bool:
+        """Whether a mask of (B, 1, 1, N) bools is all that the model's attention needs."""
+        attention = str(model.config.get_text_config(decoder=True)._attn_implementation)
+        known = attention in ("sdpa", "santa") or attention.startswith("eval_top_")
+        return known and prefix.has_buffers and model not in cls._refused
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        prefix = self._prefix
+        if self._at != prefix.filled:
+            self._place(prefix.filled)
+        self._tokens.copy_(tokens[:, None])
+        if self._graph is None and self._warm and self._tokens.is_cuda:
+            self._capture()
+        if self._graph is None:
+            self._logits = self._run()
+            self._warm = True
+        else:
+            self._graph.replay()
+            for counters, step in self._counters:
+                counters.add(step)
+        prefix.filled += 1
+        self._at = prefix.filled
+        return self._logits
+
+    def _place(self, filled: int) -> None:
+        """Set the next step's slot, positions and mask."""
+        prefix = self._prefix
+        self._slot.fill_(filled)
+        self._positions.copy_((prefix.lengths + (filled - prefix.width))[:, None])
+        visible = (self._slots >= prefix.width - prefix.lengths[:, None]) & (self._slots < filled)
+        self._visible.copy_(visible[:, None, None])
+
+    def _run(self) -> torch.Tensor:
+        self._visible |= self._slots == self._slot
+        with self._prefix.writing_to(self._slot) as cache:
+            logits = self._model(
+                input_ids=self._tokens,
+                attention_mask=self._visible,
+                position_ids=self._positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+        self._slot += 1
+        self._positions += 1
+        return logits
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # A replay does not run the Python that counts: it counts what the recorded step counts.
+        live = [layer_stats(module) for module in _attention_layers(self._model)]
+        before = [copy.deepcopy(counters) for counters in live]
+        try:
+            # The outer context restores the stream also where the capture fails to end.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                self._logits = self._run()
+        except RuntimeError as error:
+            self._refused.add(self._model)
+            raise _RecordingError(str(error).splitlines()[0]) from error
+        finally:
+            self._counters = [
+                (counters, _difference(counters, old))
+                for counters, old in zip(live, before, strict=True)
+            ]
+            for counters, old in zip(live, before, strict=True):
+                vars(counters).update(vars(old))
+        self._graph = graph
+
+
+def _attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The modules that santa_hf counts calls of."""
+    if model.config.get_text_config(decoder=True)._attn_implementation != "santa":
+        return []
+    return [module for module in model.modules() if getattr(module, "layer_idx", None) is not None]
+
+
+def _difference(after: LayerStats, before: LayerStats) -> LayerStats:
+    return LayerStats(**{name: value - vars(before)[name] for name, value in vars(after).items()})
+
+
+def _feed(
+    step: Callable[[torch.Tensor], torch.Tensor], prefix: Prefix, windows: Sequence[Sequence[int]]
+) -> torch.Tensor:
     """Feed the decode windows, all of one length, one token at a time; logits after the last."""
     tokens = torch.tensor([list(window) for window in windows], device=prefix.lengths.device)
     if tokens.shape != (prefix.batch, len(windows[0])) or not len(windows[0]):
         raise ValueError("every prompt needs a decode window, of at least one token and one length")
-    for step in tokens.T:
-        logits = prefix.step(model, step)
+    for column in tokens.T:
+        logits = step(column)
     return logits
 
 
@@ -273,13 +454,16 @@ def generate(
     ends = _end_tokens(model, tokenizer)
     # A GPU runs ahead of Python: looking at its tokens at every step would stop it.
     interval = 8 if prefix.lengths.is_cuda else 1
-    steps = [_feed(model, prefix, windows).argmax(-1)]
+    step = Steps(model, prefix)
+    steps = [_feed(step, prefix, windows).argmax(-1)]
+    going_on = list(range(prefix.batch))
     while len(steps) < max_new_tokens:
         if len(steps) % interval == 0:
             rows = torch.stack(steps, 1).tolist()
-            if all(_ended(tokenizer, row, ends, stop) for row in rows):
+            going_on = [i for i in going_on if not _ended(tokenizer, rows[i], ends, stop)]
+            if not going_on:
                 break
-        steps.append(prefix.step(model, steps[-1]).argmax(-1))
+        steps.append(step(steps[-1]).argmax(-1))
     answers = [_answer(tokenizer, row, ends, stop) for row in torch.stack(steps, 1).tolist()]
     prefix.restore(start)
     return answers
@@ -307,7 +491,8 @@ def score(
         ValueError: windows are empty or differ in length.
     """
     start = prefix.snapshot()
-    first = _log_softmax(_feed(model, prefix, windows))
+    step = Steps(model, prefix)
+    first = _log_softmax(_feed(step, prefix, windows))
     after_window = prefix.snapshot()
     results: list[list[Scored]] = [[] for _ in windows]
     for i in range(max(map(len, continuations))):
@@ -321,7 +506,7 @@ def score(
         log_softmax = first
         for t in range(tokens.shape[1]):
             if t:
-                log_softmax = _log_softmax(prefix.step(model, tokens[:, t - 1]))
+                log_softmax = _log_softmax(step(tokens[:, t - 1]))
             log_probs.append(log_softmax.gather(1, tokens[:, t, None])[:, 0])
             greedy.append(log_softmax.argmax(-1) == tokens[:, t])
         if tokens.shape[1] > 1:
@@ -343,11 +528,12 @@ def count_value_rows(
     """Value rows visible at the step of the windows' last token; what a sampled step read of them is
     counted in `santa_hf.stats(model)`. `prefix` is left as it was."""
     start = prefix.snapshot()
+    step = partial(prefix.step, model)
     if len(windows[0]) > 1:
-        _feed(model, prefix, [window[:-1] for window in windows])
+        _feed(step, prefix, [window[:-1] for window in windows])
     santa_hf.reset_stats(model)
     with santa_hf.count_value_rows():
-        _feed(model, prefix, [window[-1:] for window in windows])
+        _feed(step, prefix, [window[-1:] for window in windows])
     visible = prefix.visible_rows()
     prefix.restore(start)
     return visible

@@ -14,11 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import santa_hf
 from eval import demo, ruler
 from eval import smollm2 as conversion
 from eval.arms import DENSE, use_arm
 from eval.cli import Command, CommandError, run_command
-from eval.decode import Prefix, generate
+from eval.decode import Prefix, Steps, _StaticStep, generate
 from eval.results import Arm, load_results
 from eval.suite import SUITES, Suite, find_suite
 from eval.tasks import load_documents
@@ -273,9 +274,10 @@ def test_decoding_stops_at_the_end_of_text_and_at_strings(tokenizer: Any, model:
         generate(model, tokenizer, prefix, [[]], max_new_tokens=1)
 
 
-@pytest.mark.parametrize(
-    "arm", [DENSE, Arm("s", "santa", {"samples": 4}, False), Arm("k", "top-k", {"k": 3}, True)]
-)
+ARMS = [DENSE, Arm("s", "santa", {"samples": 4}, False), Arm("k", "top-k", {"k": 3}, True)]
+
+
+@pytest.mark.parametrize("arm", ARMS)
 def test_answers_do_not_depend_on_the_batch(arm: Arm) -> None:
     model = tiny.build("llama", torch.float64)
     rows = [row[0].tolist() for row in tiny.prompts(70, 41, 55)]
@@ -289,6 +291,70 @@ def test_answers_do_not_depend_on_the_batch(arm: Arm) -> None:
         return [answer.token_ids for answer in decoded]
 
     assert tokens(rows) == [tokens([row])[0] for row in rows]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_step_that_stays_in_place_is_the_step(arm: Arm) -> None:
+    """What a GPU records as a graph: whole buffers, a mask, and a slot on the device."""
+    model = tiny.build("llama", torch.float64)
+    tokens = torch.randint(0, 64, (12, 3))
+    use_arm(model, DENSE, 0, "sdpa")
+    with torch.inference_mode():
+        prefix = Prefix(model, [row[0].tolist() for row in tiny.prompts(70, 41, 55)], 12)
+        use_arm(model, arm, 3, "sdpa")
+        start = prefix.snapshot()
+        expected = [prefix.step(model, step) for step in tokens]
+        prefix.restore(start)
+        assert _StaticStep.takes(model, prefix)
+        step = _StaticStep(model, prefix)
+        for _ in range(2):  # from the start, and again after a restore
+            found = [step(row) for row in tokens]
+            prefix.restore(start)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arm", ARMS)
+def test_recorded_steps_are_the_steps(arm: Arm) -> None:
+    model = tiny.build("llama").cuda()
+    tokens = torch.randint(0, 64, (20, 3), device="cuda")
+    use_arm(model, DENSE, 0, "sdpa")
+    with torch.inference_mode():
+        prefix = Prefix(model, [row[0].tolist() for row in tiny.prompts(70, 41, 55)], 20)
+        use_arm(model, arm, 3, "sdpa")
+        start = prefix.snapshot()
+        plain, recorded = _StaticStep(model, prefix), Steps(model, prefix)
+        plain._capture = lambda: None  # type: ignore[method-assign]
+        santa_hf.reset_stats(model)
+        expected = [plain(step).clone() for step in tokens]
+        counted = santa_hf.stats(model).total
+        prefix.restore(start)
+        santa_hf.reset_stats(model)
+        for row, logits in zip(tokens, expected, strict=True):
+            assert torch.equal(recorded(row), logits)
+        assert recorded._static is not None
+        assert recorded._static._graph is not None
+        assert santa_hf.stats(model).total == counted
+
+
+@pytest.mark.gpu
+def test_a_model_that_cannot_be_recorded_is_run_step_by_step() -> None:
+    model = tiny.build("llama").cuda()
+    tokens = torch.randint(0, 64, (8, 2), device="cuda")
+    waits = model.model.norm.register_forward_hook(lambda *_: torch.cuda.synchronize())
+    with torch.inference_mode():
+        prefix = Prefix(model, [row[0].tolist() for row in tiny.prompts(70, 41)], 8)
+        start = prefix.snapshot()
+        expected = [prefix.step(model, step) for step in tokens]
+        prefix.restore(start)
+        steps = Steps(model, prefix)
+        with pytest.warns(UserWarning, match="one launch at a time"):
+            found = [steps(step) for step in tokens]
+        waits.remove()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        # The stream is as it was.
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert Steps(model, prefix)._static is None
 
 
 class _Decoder:
