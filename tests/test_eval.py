@@ -340,6 +340,7 @@ def test_recorded_steps_are_the_steps(arm: Arm) -> None:
 @pytest.mark.gpu
 def test_a_model_that_cannot_be_recorded_is_run_step_by_step() -> None:
     model = tiny.build("llama").cuda()
+    use_arm(model, DENSE, 0, "sdpa")
     tokens = torch.randint(0, 64, (8, 2), device="cuda")
     waits = model.model.norm.register_forward_hook(lambda *_: torch.cuda.synchronize())
     with torch.inference_mode():
@@ -352,8 +353,9 @@ def test_a_model_that_cannot_be_recorded_is_run_step_by_step() -> None:
             found = [steps(step) for step in tokens]
         waits.remove()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-        # The stream is as it was.
+        # The stream is as it was, and no second attempt is made.
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        prefix.restore(start)
         assert Steps(model, prefix)._static is None
 
 
