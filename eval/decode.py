@@ -336,9 +336,15 @@ class _StaticStep:
 
     @classmethod
     def takes(cls, model: PreTrainedModel, prefix: Prefix) -> bool:
-        """Whether a mask of (B, 1, 1, N) bools is all that the model's attention needs."""
-        attention = str(model.config.get_text_config(decoder=True)._attn_implementation)
+        """Whether a mask of (B, 1, 1, N) bools is all that the model's attention needs, and its calls
+        can be counted: under `min_context` the device alone knows which rows a step sampled."""
+        config = model.config.get_text_config(decoder=True)
+        attention = str(config._attn_implementation)
         known = attention in ("sdpa", "santa") or attention.startswith("eval_top_")
+        if attention == "santa":
+            settings = getattr(config, "santa", None) or {}
+            everywhere = (settings, *settings.get("layers", {}).values())
+            known = not any(one.get("min_context") for one in everywhere)
         return known and prefix.has_buffers and model not in cls._refused
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -311,6 +311,10 @@ def test_a_step_that_stays_in_place_is_the_step(arm: Arm) -> None:
             found = [step(row) for row in tokens]
             prefix.restore(start)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        # Which rows it samples would be counted on the device, by Python that a graph does not run.
+        layered = Arm("s", "santa", {"samples": 4, "layers": {1: {"min_context": 50}}}, False)
+        use_arm(model, layered, 0, "sdpa")
+        assert not _StaticStep.takes(model, prefix)
 
 
 @pytest.mark.gpu
