@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,11 +58,37 @@ def test_kernels_that_wait_are_not_counted_twice() -> None:
         )
         for name, start, stop in reversed(spans)
     ]
-    clock = decode._Clock(2, cuda=False)
+    clock = decode._Clock(2, cuda=False, turns=decode.Turns(None))
     results = SimpleNamespace(events=lambda: events)
     clock.profile = SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))  # type: ignore[assignment]
     parts = {kind: ms * 1e6 * decode.PROFILED for kind, ms in clock.parts().items()}
     assert parts == pytest.approx({"weights": 100, "attention": 40, "cache": 30, "other": 0})
+
+
+def test_processes_take_turns(tmp_path: Path) -> None:
+    """One that measures waits for those that use the GPU, and they for it; compiling disturbs nobody."""
+    lock = tmp_path / "turns"
+    mine, other = decode.Turns(lock), decode.Turns(lock)
+    now = fcntl.LOCK_NB
+    other.take(fcntl.LOCK_SH)
+    mine.take(fcntl.LOCK_SH | now)
+    with pytest.raises(BlockingIOError):
+        mine.take(fcntl.LOCK_EX | now)
+    other.take(fcntl.LOCK_UN)
+    mine.take(fcntl.LOCK_EX | now)
+    with pytest.raises(BlockingIOError):
+        other.take(fcntl.LOCK_SH | now)
+
+    class Recorded(decode.Turns):
+        def take(self, operation: int) -> None:
+            taken.append((len(clock.times), operation))
+
+    taken: list[tuple[int, int]] = []
+    clock = decode._Clock(2, cuda=False, turns=Recorded(None))
+    for _ in range(decode.WARM_UP + 3):
+        clock(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1))
+    expected = [(0, fcntl.LOCK_UN), (1, fcntl.LOCK_SH), (decode.WARM_UP - 1, fcntl.LOCK_EX)]
+    assert taken == expected
 
 
 @pytest.mark.parametrize("case", ["32768", "0x1", "axb", "-1x2"])

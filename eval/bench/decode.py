@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import gc
 import statistics
 import sys
@@ -157,15 +158,38 @@ class Row:
     error: str = ""
 
 
+class Turns:
+    """Lets processes that share a GPU prepare at the same time, and measure one at a time.
+
+    Each holds a lock on one file: shared while it uses the GPU, its own while it measures, none while it
+    compiles, which takes longer than all else and needs the GPU for moments only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.file = path.open("w") if path else None
+
+    def take(self, operation: int) -> None:
+        """Wait for a lock of `fcntl`: LOCK_SH, LOCK_EX or LOCK_UN."""
+        if self.file:
+            fcntl.flock(self.file, operation)
+
+
 class _Clock(StoppingCriteria):
     """Notes the time after every step, and profiles the last ones."""
 
-    def __init__(self, steps: int, cuda: bool) -> None:
+    def __init__(self, steps: int, cuda: bool, turns: Turns) -> None:
         self.times: list[float] = []
         self.steps = steps
+        self.turns = turns
         self.profile = profile(activities=[ProfilerActivity.CUDA]) if cuda else None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        # The second call is after the step that compiled; nothing compiles later.
+        turn = {1: fcntl.LOCK_UN, 2: fcntl.LOCK_SH, WARM_UP: fcntl.LOCK_EX}.get(len(self.times) + 1)
+        if turn is not None:
+            if input_ids.is_cuda:
+                torch.cuda.synchronize()
+            self.turns.take(turn)
         self.times.append(time.perf_counter())
         if self.profile is not None:
             if len(self.times) == WARM_UP:
@@ -235,11 +259,11 @@ def _filled(model: PreTrainedModel, static: bool, batch: int, context: int) -> C
     return cache
 
 
-def _settle(model: PreTrainedModel) -> None:
+def _settle(model: PreTrainedModel, turns: Turns) -> None:
     """Decode until steps no longer get faster: the first seconds of a process load libraries."""
     times = [float("inf")]
     for _ in range(6):
-        times.append(measure(model, ARMS[0], 1, FLOOR_CONTEXT, 8)["ms_p50"])
+        times.append(measure(model, ARMS[0], 1, FLOOR_CONTEXT, 8, turns)["ms_p50"])
         if times[-1] > 0.97 * min(times[:-1]):
             break
 
@@ -253,7 +277,9 @@ def _free(model: PreTrainedModel) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(model: Any, arm: Arm, batch: int, context: int, steps: int) -> dict[str, Any]:
+def measure(
+    model: Any, arm: Arm, batch: int, context: int, steps: int, turns: Turns | None = None
+) -> dict[str, Any]:
     """Decode with one arm: the fields of `Row` that are measured.
 
     Args:
@@ -262,14 +288,17 @@ def measure(model: Any, arm: Arm, batch: int, context: int, steps: int) -> dict[
         batch: sequences.
         context: tokens in the cache before the first step.
         steps: timed steps, at least 2.
+        turns: with the other processes on this GPU, if there are any.
     """
+    turns = turns or Turns(None)
+    turns.take(fcntl.LOCK_SH)
     _free(model)
     model.set_attn_implementation(arm.attention)
     if arm.estimator is not None:
         santa_hf.configure(model, {"estimator": arm.estimator, "samples": SAMPLES})
     cuda = model.device.type == "cuda"
     cache = _filled(model, arm.static, batch, context)
-    clock = _Clock(steps, cuda)
+    clock = _Clock(steps, cuda, turns)
     vocabulary = model.config.vocab_size
     model.generate(
         torch.randint(vocabulary, (batch, context + 1), device=model.device),
@@ -280,6 +309,7 @@ def measure(model: Any, arm: Arm, batch: int, context: int, steps: int) -> dict[
         disable_compile=not arm.compiled,
         stopping_criteria=[clock],
     )
+    turns.take(fcntl.LOCK_UN)
     times = clock.milliseconds()
     p20, p50, p80 = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
     measured: dict[str, Any] = {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80}
@@ -445,6 +475,9 @@ def main(prog: str, argv: Sequence[str]) -> None:
     parser.add_argument("--arms", default="", help="only arms whose name contains this")
     parser.add_argument("--steps", type=int, default=24, help="timed steps, default %(default)s")
     parser.add_argument("--seconds", type=float, help="start no arm after this time")
+    parser.add_argument(
+        "--turns", type=Path, help="a file by which processes on one GPU take turns"
+    )
     parser.add_argument("--commit", default=provenance.commit() or "", help="of the code that runs")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, also without a GPU")
     arguments = parser.parse_args(argv)
@@ -455,8 +488,12 @@ def main(prog: str, argv: Sequence[str]) -> None:
         raise CommandError("the model of this benchmark needs a GPU; --tiny runs without one")
     started = time.perf_counter()
     shape, dtype = (TINY, torch.float32) if arguments.tiny else (LLAMA, torch.bfloat16)
+    turns = Turns(arguments.turns)
+    turns.take(fcntl.LOCK_SH)
     model = build(shape, "cuda" if cuda else "cpu", dtype)
+    turns.take(fcntl.LOCK_EX)
     bandwidth = _bandwidth() if cuda else None
+    turns.take(fcntl.LOCK_UN)
     versions = provenance.versions(("transformers", "triton"))
     path = arguments.out / "decode.csv" if arguments.out else None
     rows = _read_rows(path) if path else []
@@ -465,9 +502,10 @@ def main(prog: str, argv: Sequence[str]) -> None:
             f"{torch.cuda.get_device_name()}: one read at {bandwidth / 1e12:.2f} TB/s", flush=True
         )
     measured = set()
-    if cuda:
-        _settle(model)
-    for context, batch, name, arm in _arms(arguments.cases, arguments.arms):
+    plan = list(_arms(arguments.cases, arguments.arms))
+    if cuda and not all(arm.compiled for *_, arm in plan):
+        _settle(model, turns)
+    for context, batch, name, arm in plan:
         if arguments.seconds and time.perf_counter() - started > arguments.seconds:
             print(f"no time left at {context} x {batch}, {name}", file=sys.stderr)
             break
@@ -497,7 +535,8 @@ def main(prog: str, argv: Sequence[str]) -> None:
             row.error = "does not fit"
         else:
             try:
-                vars(row).update(measure(model, arm, batch, context, arguments.steps))
+                measured_now = measure(model, arm, batch, context, arguments.steps, turns)
+                vars(row).update(measured_now)
             except torch.OutOfMemoryError as error:
                 row.error = f"out of memory: {str(error).splitlines()[0][:80]}"
         _report(row)
