@@ -10,6 +10,7 @@ import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
 
 import santa_hf
+from santa_hf.integration import paged
 from santa_hf.integration.paged import PAGED, santa_paged_attention
 
 NEW_TOKENS = 20
@@ -18,17 +19,19 @@ PROMPTS = [row[0].tolist() for row in tiny.prompts(150, 37, 90, 200, 61)]
 FAMILIES = [family for family in tiny.FAMILIES if family != "gpt_oss"]
 
 
-def alone(model: PreTrainedModel) -> list[list[int]]:
+def alone(model: PreTrainedModel, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
     out = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         tokens = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
         out.append(tokens[0, len(prompt) :].tolist())
     return out
 
 
-def together(model: PreTrainedModel, **changes: Any) -> list[list[int]]:
+def together(
+    model: PreTrainedModel, prompts: list[list[int]] = PROMPTS, **changes: Any
+) -> list[list[int]]:
     out = model.generate_batch(
-        PROMPTS,
+        prompts,
         generation_config=GenerationConfig(
             max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
         ),
@@ -62,6 +65,43 @@ def test_prefill_chunks_and_decode_steps_in_one_step(family: str) -> None:
     assert counters.multi_token > tiny.LAYERS * len(PROMPTS)
     # Some steps were mixed: there are more of them than it takes to decode the last sequence.
     assert counters.sampled > tiny.LAYERS * (NEW_TOKENS - 1)
+
+
+def test_prompts_of_one_token() -> None:
+    """Their prefill has one query token, and nothing to read from the cache."""
+    model = tiny.use(tiny.shared("llama", torch.float64), "santa", samples=8)
+    prompts = [[5], [71], [40]]
+    assert together(model, prompts) == alone(model, prompts)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_decode_step_reads_what_the_cache_gathered(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the block indices, once: attention reads the storage that the cache returned, in which
+    every sequence has a row as long as the longest."""
+    gathered: list[tuple[torch.Tensor, torch.Tensor]] = []
+    steps = 0
+    update, attend = paged.paged_update, paged.santa_attention
+
+    def recorded_update(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        gathered.append(update(*args))
+        return gathered[-1]
+
+    def recorded_attend(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        states = args[2:4]
+        if args[1].shape[2] == 1 and args[1].shape[0] == len(PROMPTS):
+            steps += 1
+            for read, kept in zip(states, gathered[-1], strict=True):
+                assert read.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
+                assert read[:, 0, :, 0].numel() == kept.shape[2]
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(paged, "paged_update", recorded_update)
+    monkeypatch.setattr(paged, "santa_attention", recorded_attend)
+    together(tiny.use(tiny.shared(family, torch.float64), "santa", samples=8))
+    assert steps == tiny.LAYERS * (NEW_TOKENS - 1)
 
 
 def test_seeds_and_budgets_reach_it() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["longest_query", "paged_update"]
+__all__ = ["longest_query", "paged_layer", "paged_update"]
 
 
 def longest_query(kwargs: Mapping[str, Any]) -> int | None:
@@ -15,31 +15,30 @@ def longest_query(kwargs: Mapping[str, Any]) -> int | None:
     return kwargs.get("max_length_q", kwargs.get("max_seqlen_q"))  # 5.23, 5.17
 
 
-def paged_update(
-    cache: Any, key: torch.Tensor, value: torch.Tensor, layer: Any, kwargs: Mapping[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Write the new tokens of a step of continuous batching, and read those of every sequence.
-
-    Returns:
-        Keys and values (1, KVH, n, D), where each sequence starts in them, int (sequences + 1,), and
-        the length of the longest.
-    """
-    if not hasattr(cache, "layer_index_to_group_indices"):
-        # 5.23: the cache narrows the arguments down to the layer itself.
-        narrowed = dict(kwargs)
-        key, value = cache.update(
-            key_states=key, value_states=value, layer_idx=layer, kwargs=narrowed
-        )
-        return key, value, narrowed["cu_seq_lens_k"], narrowed["max_length_k"]
-    key, value = cache.update(
-        key_states=key,
-        value_states=value,
-        layer_idx=layer,
-        read_index=kwargs["read_index"],
-        write_index=kwargs["write_index"],
-    )
+def paged_layer(cache: Any, layer: Any, kwargs: Mapping[str, Any]) -> tuple[int, torch.Tensor, int]:
+    """What a step of continuous batching reads in a layer: the group of layers whose indices it shares,
+    where each sequence starts in them, int (sequences + 1,), and the length of the longest."""
+    if not hasattr(cache, "layer_index_to_group_indices"):  # 5.23
+        allocator = cache.layer_to_allocator[layer]
+        group, kind = allocator.index, allocator.layer_type
+        return group, kwargs["cu_seq_lens_k"][kind], kwargs["max_length_k"][kind]
+    group = cache.layer_index_to_group_indices[layer][0]
     starts, longest = kwargs["cu_seq_lens_k"], kwargs["max_seqlen_k"]
     if isinstance(starts, Mapping):
         kind = "full_attention" if cache.sliding_windows[layer] == 1 else "sliding_attention"
         starts, longest = starts[kind], longest[kind]
-    return key.transpose(0, 1)[None], value.transpose(0, 1)[None], starts, longest
+    return group, starts, longest
+
+
+def paged_update(
+    cache: Any, key: torch.Tensor, value: torch.Tensor, layer: Any, kwargs: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the new tokens of a step of continuous batching, and read those that its indices name:
+    (1, KVH, n, D) and (1, KVH, n, Dv)."""
+    states = {"key_states": key, "value_states": value, "layer_idx": layer}
+    if not hasattr(cache, "layer_index_to_group_indices"):  # 5.23, which changes the arguments
+        key, value = cache.update(**states, kwargs=dict(kwargs))
+        return key, value
+    indices = {name: kwargs[name] for name in ("read_index", "write_index")}
+    key, value = cache.update(**states, **indices)
+    return key.transpose(0, 1)[None], value.transpose(0, 1)[None]

@@ -21,7 +21,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 
 from ..config import SantaConfig
 from .attention import santa_attention
-from .compat import longest_query, paged_update
+from .compat import longest_query, paged_layer, paged_update
 
 __all__ = ["PAGED", "allow_continuous_batching", "santa_paged_attention", "santa_paged_mask"]
 
@@ -82,16 +82,27 @@ def santa_paged_attention(
     starts_q = kwargs["cu_seq_lens_q"]
     longest_q = longest_query(kwargs)
     position_ids = kwargs.get("position_ids")
-    key, value, starts_k, longest_k = paged_update(cache, key, value, module.layer_idx, kwargs)
+    group, starts_k, longest_k = paged_layer(cache, module.layer_idx, kwargs)
     rest = {name: given for name, given in kwargs.items() if name not in _OF_THE_BATCH}
     window = rest.get("sliding_window")
     attend: Any = functools.partial(
         santa_attention, module, dropout=dropout, scaling=scaling, santa=santa, **rest
     )
 
+    rows, slots = None, kwargs["read_index"][group]
+    mask: torch.Tensor | None
     if longest_q == 1 and starts_q.shape[0] == tokens + 1:
-        rows, starts, stops = None, starts_k[:-1], starts_k[1:]
+        # The cache reads by indices that lay the sequences out as rows, so that nothing is copied twice.
+        index, mask = _padded_rows(starts_k[:-1], starts_k[1:], longest_k, window)
+        if slots.numel():  # else every sequence is new, and one token long
+            padded = torch.where(mask, slots[index.clamp(max=len(slots) - 1)], 0)
+            kwargs = {**kwargs, "read_index": {group: padded.flatten()}}
+        keys, values = paged_update(cache, key, value, module.layer_idx, kwargs)
+        keys, values = (states[0].unflatten(1, index.shape) for states in (keys, values))
+        if index.shape == (1, len(slots)):
+            mask = None
     else:
+        key, value = paged_update(cache, key, value, module.layer_idx, kwargs)
         q, k = starts_q.tolist(), starts_k.tolist()
         decoding = [i for i in range(len(q) - 1) if q[i + 1] - q[i] == 1]
         out = query.new_zeros(1, tokens, query.shape[1], value.shape[-1])
@@ -104,15 +115,22 @@ def santa_paged_attention(
         if not decoding:
             return out, None
         sequences = torch.tensor(decoding, device=query.device)
-        starts, stops = starts_k[sequences], starts_k[sequences + 1]
-        rows = torch.tensor([q[i] for i in decoding], device=query.device)
         longest_k = max(k[i + 1] - k[i] for i in decoding)
+        index, mask = _padded_rows(starts_k[sequences], starts_k[sequences + 1], longest_k, window)
+        index = index.clamp(max=key.shape[2] - 1)
+        keys, values = (states[0][:, index] for states in (key, value))
+        rows = torch.tensor([q[i] for i in decoding], device=query.device)
         query = query[:, :, rows]
         position_ids = None if position_ids is None else position_ids[:, rows]
-    keys, values, mask = _padded_batch(key, value, starts, stops, longest_k, window)
     if position_ids is not None:
         position_ids = position_ids.view(-1, 1).long()
-    sampled, _ = attend(query.transpose(0, 2), keys, values, mask, position_ids=position_ids)
+    sampled, _ = attend(
+        query.transpose(0, 2),
+        keys.transpose(0, 1),
+        values.transpose(0, 1),
+        None if mask is None else mask[:, None, None],
+        position_ids=position_ids,
+    )
     sampled = sampled.transpose(0, 1)
     if rows is None:
         return sampled.contiguous(), None
@@ -134,29 +152,18 @@ def _prefill_mask(
     return visible[None, None]
 
 
-def _padded_batch(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    start: torch.Tensor,
-    stop: torch.Tensor,
-    longest: int,
-    window: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Sequences as rows: keys (B, KVH, longest, D), values likewise, bool mask (B, 1, 1, longest).
+def _padded_rows(
+    start: torch.Tensor, stop: torch.Tensor, longest: int, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the keys of each sequence are, int (B, longest), and which of these are there, bool.
 
-    `start` and `stop`, (B,), say where the keys of each are in `key` (1, KVH, n, D). Only the last
-    `window` of them are taken.
+    `start` and `stop`, (B,), enclose those of a sequence. Only the last `window` of them are taken.
     """
     if window is not None:
         start = torch.maximum(start, stop - window)
         longest = min(longest, window)
-    if len(start) == 1 and longest == key.shape[2]:
-        return key, value, None
-    index = start[:, None] + torch.arange(longest, device=key.device)
-    mask = index < stop[:, None]
-    index = index.clamp(max=key.shape[2] - 1)
-    keys, values = (states[0][:, index].transpose(0, 1) for states in (key, value))
-    return keys, values, mask[:, None, None]
+    index = start[:, None] + torch.arange(longest, device=start.device)
+    return index, index < stop[:, None]
 
 
 def allow_continuous_batching() -> None:
