@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -365,16 +366,23 @@ def _needed_bytes(model: PreTrainedModel, batch: int, context: int) -> float:
     return weights + layer * (config.num_hidden_layers * 1.125 + 2)
 
 
-def _arms(cases: Sequence[tuple[int, int]], names: str) -> Iterator[tuple[int, int, str, Arm]]:
+def _arms(
+    cases: Sequence[tuple[int, int]], patterns: Sequence[str]
+) -> Iterator[tuple[int, int, str, Arm]]:
     """(context, batch, name, arm) in the order in which they are measured: eager ones first, since
     compiling takes longer than all else."""
-    eager = [arm for arm in ARMS if names in arm.name and not arm.compiled]
+
+    def wanted(name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
     for context, batch in cases:
-        for arm in eager:
-            yield context, batch, arm.name, arm
-        yield FLOOR_CONTEXT, batch, LAUNCH_FLOOR, ARMS[0]
+        for arm in ARMS:
+            if wanted(arm.name) and not arm.compiled:
+                yield context, batch, arm.name, arm
+        if wanted(LAUNCH_FLOOR):
+            yield FLOOR_CONTEXT, batch, LAUNCH_FLOOR, ARMS[0]
     for arm in ARMS:
-        if names in arm.name and arm.compiled:
+        if wanted(arm.name) and arm.compiled:
             for context, batch in cases:
                 yield context, batch, arm.name, arm
 
@@ -485,7 +493,9 @@ def main(prog: str, argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="folder for decode.csv, which may hold other rows")
     parser.add_argument("--cases", nargs="+", metavar="CONTEXTxBATCH", type=_case, default=CASES)
-    parser.add_argument("--arms", default="", help="only arms whose name contains this")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="PATTERN", default=["*"], help='for example "santa*, static*"'
+    )
     parser.add_argument("--steps", type=int, default=24, help="timed steps, default %(default)s")
     parser.add_argument("--seconds", type=float, help="start no arm after this time")
     parser.add_argument(
