@@ -21,7 +21,6 @@ import triton.language as tl
 from ..reference import TILE
 from . import launch
 from .common import LOG2E, log2_weights, weight_units
-from .dense import combine_kernel
 
 __all__ = ["dense", "prop", "scores", "why_not"]
 
@@ -31,10 +30,15 @@ MAX_ROTARY = 128
 
 # Measured on an H100, see eval/bench/results/mla.md. None of them changes a draw.
 HEAD_BLOCK = 64  # heads of a program: 128 of them times a rank of 512 fill the whole register file
-# By heads of a program: keys of a tile, warps, stages, and programs a multiprocessor that splits aim at.
-KEY_BLOCK = {16: (64, 8, 3, 1), 32: (64, 8, 2, 1), 64: (64, 8, 2, 1)}
+MIN_HEADS = 64  # rows that the heads of a program are padded to
+# By heads of a program: keys of a tile, warps, tiles in shared memory at most, and programs a
+# multiprocessor that splits aim at.
+KEY_BLOCK = {16: (32, 4, 5, 1), 32: (32, 8, 4, 1), 64: (64, 8, 2, 1)}
+WIDE = 64
+WHOLE = False
+LATE = True
 SCORE_COLUMNS, SCORE_WARPS, SCORE_STAGES = 64, 8, 3
-COMBINE_COLUMNS, COMBINE_WARPS = 128, 2
+COMBINE_ELEMENTS, COMBINE_COLUMNS, COMBINE_WARPS = 4096, 32, 4
 
 
 @triton.jit(
@@ -72,6 +76,9 @@ def latent_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    TILES_AHEAD: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LATE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One split of the keys for a block of heads; grid (splits * blocks of heads, B).
@@ -115,8 +122,11 @@ def latent_kernel(
 
     b_out = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
     b_top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    b_mass = tl.zeros([BLOCK_H], tl.float32)
-    for i_tile in tl.range(0, (stop - start + BLOCK_N - 1) // BLOCK_N):
+    if LATE:
+        b_mass = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+    else:
+        b_mass = tl.zeros([BLOCK_H], tl.float32)
+    for i_tile in tl.range(0, (stop - start + BLOCK_N - 1) // BLOCK_N, num_stages=TILES_AHEAD):
         n = start + i_tile * BLOCK_N
         in_n = o_n < stop - n
         visible = in_n
@@ -137,32 +147,90 @@ def latent_kernel(
             b_rows = in_n[:, None] & in_e[None, :]
         p_tile = p_rotary + n.to(tl.int64) * STRIDE_EN
         b_k_rot = tl.load(p_tile + o_rotary, mask=b_rows, other=0.0)
-        if n < stop:
-            # Always so, which the compiler does not know. It gives a product that feeds another whole
-            # rows of heads in every warp, and warps beyond the rows would repeat each other's work;
-            # behind a branch it divides the scores among all warps. The two parts are scaled apart,
-            # or they would be chained into one.
-            b_dot = tl.dot(b_q_rot, tl.trans(b_k_rot)) * scale + tl.dot(b_q, tl.trans(b_c)) * scale
-            b_s = log2_weights(b_dot, visible[None, :], 1.0, 0.0, False)  # [BLOCK_H, BLOCK_N]
-            b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
-            b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_rescale = tl.exp2(b_top - b_level)
-            b_p = tl.exp2(b_s - b_level[:, None])
-            b_mass = b_mass * b_rescale + tl.sum(b_p, axis=1)
-            b_top = b_new
-            b_weight = b_p.to(b_c.dtype)
+        if WHOLE:
+            if n < stop:
+                b_dot = tl.dot(b_q_rot, tl.trans(b_k_rot))
+                b_dot = tl.dot(b_q, tl.trans(b_c), b_dot)
+                b_s = log2_weights(b_dot, visible[None, :], scale, 0.0, False)
+                b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
+                b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
+                b_rescale = tl.exp2(b_top - b_level)
+                b_p = tl.exp2(b_s - b_level[:, None])
+                b_mass = b_mass * b_rescale + tl.sum(b_p, axis=1)
+                b_top = b_new
+                b_out = tl.dot(b_p.to(b_c.dtype), b_c, b_out * b_rescale[:, None])
         else:
-            # Never run. A constant here would be laid out in shared memory, of which there is none left.
-            b_rescale = b_mass
-            b_weight = tl.dot(b_q_rot, tl.trans(b_k_rot)).to(b_c.dtype)
-        b_out = tl.dot(b_weight, b_c, b_out * b_rescale[:, None])
+            if n < stop:
+                b_dot = tl.dot(b_q_rot, tl.trans(b_k_rot)) * scale + tl.dot(b_q, tl.trans(b_c)) * scale
+                b_s = log2_weights(b_dot, visible[None, :], 1.0, 0.0, False)  # [BLOCK_H, BLOCK_N]
+                b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
+                b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
+                b_rescale = tl.exp2(b_top - b_level)
+                b_p = tl.exp2(b_s - b_level[:, None])
+                if LATE:
+                    b_mass = b_mass * b_rescale[:, None] + b_p
+                else:
+                    b_mass = b_mass * b_rescale + tl.sum(b_p, axis=1)
+                b_top = b_new
+                b_weight = b_p.to(b_c.dtype)
+            else:
+                b_rescale = b_top
+                b_weight = tl.dot(b_q_rot, tl.trans(b_k_rot)).to(b_c.dtype)
+            if TILES_AHEAD is None:
+                b_out = tl.dot(b_weight, b_c, b_out * b_rescale[:, None])
+            else:
+                if n < N:
+                    b_out = tl.dot(b_weight, b_c, b_out * b_rescale[:, None])
 
+    if LATE:
+        b_mass = tl.sum(b_mass, axis=1)
     o_split = (i_b * H + o_h) * splits + i_split
     tl.store(
         p_partial + o_split[:, None] * R + o_r[None, :], b_out, mask=in_h[:, None] & in_r[None, :]
     )
     tl.store(p_top + o_split, b_top, mask=in_h)
     tl.store(p_mass + o_split, b_mass, mask=in_h)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_kernel(
+    p_partial,  # (B, H, splits, R) float32
+    p_top,  # (B, H, splits) float32
+    p_mass,  # (B, H, splits) float32
+    p_only,  # (B,) uint8, zero for rows that are left alone
+    p_out,  # (B, H, 1, R)
+    splits: tl.int32,
+    R: tl.constexpr,
+    HAS_ONLY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Merge the splits of one head, all of them at once; grid (blocks of columns, H, B)."""
+    i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_row = i_b * tl.num_programs(1) + i_h
+    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_s = tl.arange(0, BLOCK_S)
+    in_s = o_s < splits
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if HAS_ONLY:
+        if tl.load(p_only + i_b) == 0:
+            return
+    o_split = i_row * splits + o_s
+    b_part = tl.load(
+        p_partial + o_split[:, None] * R + o_r[None, :],
+        mask=in_s[:, None] & (o_r < R)[None, :],
+        other=0.0,
+    )
+    b_top = tl.load(p_top + o_split, mask=in_s, other=float("-inf"))
+    b_mass = tl.load(p_mass + o_split, mask=in_s, other=0.0)
+    top = tl.max(b_top, axis=0)
+    b_scale = tl.exp2(b_top - tl.where(top == float("-inf"), 0.0, top))
+    mass = tl.sum(b_mass * b_scale, axis=0)
+    b_out = tl.sum(b_part * b_scale[:, None], axis=0)
+    b_out = tl.where(mass == 0.0, 0.0, b_out / mass)
+    tl.store(p_out + i_row * R + o_r, b_out.to(p_out.dtype.element_ty), mask=o_r < R)
 
 
 @triton.jit(
@@ -355,17 +423,20 @@ def _dense(
     """
     batch, heads = query.shape[:2]
     length, rank = key.shape[2:]
-    block_h = min(HEAD_BLOCK, max(16, triton.next_power_of_2(heads)))
+    block_h = min(HEAD_BLOCK, max(MIN_HEADS, triton.next_power_of_2(heads)))
     block_r, block_e = (max(16, triton.next_power_of_2(x.shape[3])) for x in (key, rotary_key))
-    block_n, warps, stages, waves = KEY_BLOCK[block_h]
+    block_n, warps, buffers, waves = KEY_BLOCK[block_h]
+    wide = block_h >= WIDE
     row_bytes = (block_r + block_e) * query.element_size()
     free = launch._shared_memory(query.device) + 16 * 1024 - block_h * row_bytes
-    stages = max(1, min(stages, free // (block_n * row_bytes)))
+    free -= block_h * block_n * query.element_size()
+    buffers = max(1, min(buffers, free // (block_n * row_bytes)))
     blocks = triton.cdiv(heads, block_h)
     splits = max(1, waves * launch._processors(query.device) // (blocks * batch))
     splits = min(splits, triton.cdiv(length, block_n))
     partial, top, mass = launch._partials(out, splits)
-    columns = min(block_r, COMBINE_COLUMNS)
+    block_s = triton.next_power_of_2(splits)
+    columns = min(block_r, max(COMBINE_COLUMNS, COMBINE_ELEMENTS // block_s))
     with launch._device(query):
         latent_kernel[(splits * blocks, batch)](
             query, key, rotary_key, mask, span, launch._bytes(only), partial, top, mass,
@@ -387,16 +458,19 @@ def _dense(
             BLOCK_N=block_n,
             BLOCK_R=block_r,
             BLOCK_E=block_e,
+            TILES_AHEAD=buffers if wide else None,
+            WHOLE=WHOLE and wide,
+            LATE=LATE and not (WHOLE and wide),
             num_warps=warps,
-            num_stages=stages,
+            num_stages=buffers if wide else buffers + 1,
             **launch._dependent(query.device),
         )  # fmt: skip
-        combine_kernel[(triton.cdiv(rank, columns), heads, batch)](
-            partial, top, mass, launch._bytes(only), None, out, splits,
-            DV=rank,
+        merge_kernel[(triton.cdiv(rank, columns), heads, batch)](
+            partial, top, mass, launch._bytes(only), out, splits,
+            R=rank,
             HAS_ONLY=only is not None,
-            HAS_SINKS=False,
-            BLOCK_DV=columns,
+            BLOCK_S=block_s,
+            BLOCK_R=columns,
             num_warps=COMBINE_WARPS,
             **launch._dependent(query.device),
         )  # fmt: skip
