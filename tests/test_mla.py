@@ -466,3 +466,112 @@ def test_a_gpu_decodes_as_the_reference(family: str) -> None:
     for name in ("dense", "prop"):
         error = (logits[name] - logits["sdpa"]).square().mean().sqrt()
         assert error < 0.1 * logits["sdpa"].std(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", MAIN)
+def test_a_gpu_generates_what_the_reference_generates(family: str, cache: str) -> None:
+    """With a static cache, generate compiles the step and replays CUDA graphs."""
+    model = build(family, torch.bfloat16, first_k_dense_replace=LAYERS).cuda()
+    inputs = {name: x.cuda() for name, x in PADDED.items()}
+    forced = (torch.arange(200, device="cuda") % 80 + 3).expand(2, -1)
+
+    def logits(attention: str, compiled: bool = True, **santa: Any) -> torch.Tensor:
+        tiny.use(model, attention, **santa)
+        return generate(
+            model,
+            inputs,
+            max_new_tokens=16,
+            cache_implementation=cache,
+            disable_compile=not compiled,
+            logits_processor=[tiny.Force(forced)],
+        )[:, 1:].float()
+
+    bfloat16 = logits("sdpa", compiled=False)
+    model.float()  # weights of bfloat16, nothing else rounded
+    exact = logits("sdpa", compiled=False)
+    model.bfloat16()
+
+    def apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a - b).square().mean().sqrt()
+
+    rounding = apart(bfloat16, exact)
+    assert apart(logits("santa", estimator="dense"), exact) < 1.5 * rounding
+    prop = {"kernel": "prop", "samples": 8, "strict": True}
+    sampled = logits("santa", **prop)
+    noise = apart(sampled, exact)
+    assert noise > 5 * rounding
+    # The reference reads the mask on the host, which a graph cannot. Of eight draws, rounding moves few.
+    for other in (
+        logits("santa", compiled=False, **prop),
+        logits("santa", compiled=False, **{**prop, "kernel": "reference"}),
+    ):
+        assert apart(sampled, other) < 0.7 * noise
+    assert apart(sampled, logits("santa", **prop, seed=1)) > 0.9 * noise
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", MAIN)
+def test_a_gpu_generates_the_tokens_of_sdpa(family: str) -> None:
+    """In float32, of which there are no kernels over latents: the reference runs on the device."""
+    model = build(family, first_k_dense_replace=LAYERS).cuda()
+    inputs = {name: x.cuda() for name, x in PADDED.items()}
+    expected = greedy(tiny.use(model, "sdpa"), inputs)
+    tiny.use(model, "santa", estimator="dense", strict=True)
+    for cache in ("dynamic", "static"):
+        tokens = greedy(model, inputs, cache_implementation=cache, disable_compile=True)
+        assert torch.equal(tokens, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("context", [4096, 32768])
+def test_auto_on_a_gpu_is_exact_or_sampled_as_measured(heads: int, context: int) -> None:
+    """Heads and widths of DeepSeek-V2-Lite and V3, and a step behind a cache of random latents."""
+    model = build(
+        "DeepseekV3",
+        torch.bfloat16,
+        first_k_dense_replace=1,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        max_position_embeddings=65536,
+    ).cuda()
+    generator = torch.Generator("cuda").manual_seed(context)
+    states = [
+        torch.randn(1, 1, context, n, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for n in (512, 64)
+    ]
+
+    def step(attention: str, **santa: Any) -> torch.Tensor:
+        tiny.use(model, attention, **santa)
+        cache = transformers.DynamicCache(config=model.config)
+        cache.update(*states, 0)
+        santa_hf.reset_stats(model)
+        with torch.no_grad():
+            out = model(
+                torch.tensor([[5]], device="cuda"),
+                past_key_values=cache,
+                position_ids=torch.tensor([[context]], device="cuda"),
+            )
+        return out.logits[0, -1].float()
+
+    sdpa = step("sdpa")
+    dense = step("santa", estimator="dense")
+    error = (dense - sdpa).square().mean().sqrt()
+    assert error < 0.1 * sdpa.std()
+    prop = step("santa", kernel="prop", strict=True)
+    noise = (prop - dense).square().mean().sqrt()
+    assert santa_hf.stats(model).total.sampled == 1
+    auto = step("santa", strict=True)
+    total = santa_hf.stats(model).total
+    query = torch.empty(1, heads, 1, 576, device="cuda")
+    pays = mla.sampling_pays(query, context + 1, 128)
+    assert (total.sampled, total.dense) == (int(pays), int(not pays))
+    assert torch.equal(auto, prop if pays else dense)
+    assert noise > 0

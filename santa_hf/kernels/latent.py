@@ -161,7 +161,9 @@ def latent_kernel(
                 b_out = tl.dot(b_p.to(b_c.dtype), b_c, b_out * b_rescale[:, None])
         else:
             if n < stop:
-                b_dot = tl.dot(b_q_rot, tl.trans(b_k_rot)) * scale + tl.dot(b_q, tl.trans(b_c)) * scale
+                b_dot = (
+                    tl.dot(b_q_rot, tl.trans(b_k_rot)) * scale + tl.dot(b_q, tl.trans(b_c)) * scale
+                )
                 b_s = log2_weights(b_dot, visible[None, :], 1.0, 0.0, False)  # [BLOCK_H, BLOCK_N]
                 b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
                 b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -432,10 +434,10 @@ def _dense(
     free -= block_h * block_n * query.element_size()
     buffers = max(1, min(buffers, free // (block_n * row_bytes)))
     blocks = triton.cdiv(heads, block_h)
-    splits = max(1, waves * launch._processors(query.device) // (blocks * batch))
-    splits = min(splits, triton.cdiv(length, block_n))
+    most = max(1, waves * launch._processors(query.device) // (blocks * batch))
+    splits = min(most, triton.cdiv(length, block_n))
     partial, top, mass = launch._partials(out, splits)
-    block_s = triton.next_power_of_2(splits)
+    block_s = triton.next_power_of_2(most)
     columns = min(block_r, max(COMBINE_COLUMNS, COMBINE_ELEMENTS // block_s))
     with launch._device(query):
         latent_kernel[(splits * blocks, batch)](
