@@ -355,6 +355,24 @@ def test_what_cannot_be_absorbed_is_expanded(
         generate(model)
 
 
+@pytest.mark.filterwarnings("ignore:santa_hf")
+def test_an_adapter_is_expanded_until_it_is_merged() -> None:
+    peft = pytest.importorskip("peft")
+    model = build("DeepseekV3", first_k_dense_replace=LAYERS)
+    before = generate(tiny.use(model, "santa", estimator="dense"))
+    lora = peft.LoraConfig(r=2, target_modules=["kv_b_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, lora).eval()
+    outputs = {}
+    for attention in ("sdpa", "santa"):
+        outputs[attention] = generate(tiny.use(model, attention))
+    torch.testing.assert_close(outputs["santa"], outputs["sdpa"], rtol=1e-5, atol=1e-5)
+    assert sum(santa_hf.stats(model).total.fallbacks.values()) == LAYERS * (NEW_TOKENS - 1)
+    wrapped.merge_and_unload()
+    merged = generate(tiny.use(model, "santa", estimator="dense", strict=True))
+    torch.testing.assert_close(merged, outputs["sdpa"], rtol=1e-4, atol=1e-4)
+    assert (merged - before).abs().max() > 1e-2
+
+
 def test_a_weight_of_another_dtype_is_not_absorbed() -> None:
     layer = build("DeepseekV3").model.layers[0].self_attn
     query, latent = torch.randn(1, HEADS, 1, NOPE + ROTARY), torch.randn(1, 1, 9, RANK)
@@ -381,11 +399,19 @@ def test_gradients_are_those_of_sdpa() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:santa_hf")
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_sparse_attention_honours_its_choice_of_keys(cache: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [
+        ("DeepseekV32", "dynamic"), ("DeepseekV32", "static"),
+        ("GlmMoeDsa", "dynamic"), ("AXK2", "dynamic"), ("HYV4", "dynamic"),
+    ],
+)  # fmt: skip
+def test_sparse_attention_honours_its_choice_of_keys(family: str, cache: str) -> None:
     """DeepSeek V3.2 attends to 16 of about 150 keys, which it leaves to the attention function."""
-    model = build("DeepseekV32")
-    expected = generate(tiny.use(model, "sdpa"), cache_implementation=cache)
+    model = build(family)
+    # Transformers has no SDPA for HYV4.
+    tiny.use(model, "eager" if family == "HYV4" else "sdpa")
+    expected = generate(model, cache_implementation=cache)
     tiny.use(model, "santa", samples=4)
     santa_hf.reset_stats(model)
     out = generate(model, cache_implementation=cache)
@@ -434,8 +460,9 @@ def test_other_attentions_and_subclasses_expand() -> None:
     layer.__class__ = type("Subclass", (type(layer),), {})
     torch.testing.assert_close(layer.expand_kv(latent, rotary_key)[0], key)
     layer.__class__ = type(layer).__mro__[1]
-    layer.config._attn_implementation = "sdpa"
-    torch.testing.assert_close(layer.expand_kv(latent, rotary_key)[0], key)
+    for attention in ("sdpa", "paged|santa"):  # the second is that of continuous batching
+        layer.config._attn_implementation = attention
+        torch.testing.assert_close(layer.expand_kv(latent, rotary_key)[0], key)
 
 
 @pytest.mark.parametrize("kernel", ["auto", "reference"])

@@ -215,7 +215,11 @@ def _implementations(
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
     yield "floor", "read latents", None, lambda one: _read(one.cache, out)
     yield "ours", "dense", None, santa("dense")
-    flashinfer = _flashinfer(heads, batch, context)
+    try:
+        flashinfer = _flashinfer(heads, batch, context)
+    except Exception as error:  # what its loader raises is not documented
+        print(f"  flashinfer mla: {error!r}"[:300], file=sys.stderr, flush=True)
+        flashinfer = None
     if flashinfer is not None:
         yield "peer", "flashinfer mla", None, flashinfer
     yield "peer", "matmul", None, _matmul
