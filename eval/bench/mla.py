@@ -348,10 +348,40 @@ def _print(rows: Sequence[Row]) -> None:
         )
 
 
+def _plot(rows: Sequence[Row], path: Path) -> None:
+    """Time over one read of the latents, a panel for each model, a line for each implementation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure, panels = plt.subplots(
+        1, len(models), figsize=(4 + 3 * len(models), 4.5), sharey=True, squeeze=False
+    )
+    for axes, model in zip(panels[0], models, strict=True):
+        here = [row for row in rows if row.model == model]
+        cases = sorted({(row.context, row.batch) for row in here})
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for row in here:
+            label = row.implementation + (f", S={row.samples}" if row.samples else "")
+            at = cases.index((row.context, row.batch))
+            lines.setdefault(label, []).append((at, 1 / row.share_of_byte_floor))
+        for label, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
+        axes.set(yscale="log", title=f"{model}, {here[0].heads} heads")
+        axes.set_xticks(range(len(cases)), [f"{n // 1024}k\nB={b}" for n, b in cases])
+    panels[0][0].set_ylabel("time / one read of the latents")
+    panels[0][0].legend(fontsize=7, loc="center right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main(prog: str, argv: Sequence[str]) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, help="folder for mla.csv")
+    parser.add_argument("--out", type=Path, help="folder for mla.csv and mla.png")
     parser.add_argument("--replays", type=int, default=REPLAYS)
     parser.add_argument("--commit", default=provenance.commit() or "", help="of the code that runs")
     parser.add_argument("--only", help="shapes whose 'model BxN' contains this text")
@@ -372,6 +402,8 @@ def main(prog: str, argv: Sequence[str]) -> None:
                 if arguments.out is not None:
                     _write(rows, arguments.out / "mla.csv")
                 torch.cuda.empty_cache()
+    if rows and arguments.out is not None:
+        _plot(rows, arguments.out / "mla.png")
     if not rows:
         raise CommandError(f"--only {arguments.only!r} leaves no shape")
 
