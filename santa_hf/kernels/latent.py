@@ -14,6 +14,8 @@ absorbed into the query and the output, a latent is its own value:
 # alone, so that the other side is not compiled; Triton has no conditional expression over two shapes)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -30,15 +32,9 @@ MAX_ROTARY = 128
 
 # Measured on an H100, see eval/bench/results/mla.md. None of them changes a draw.
 HEAD_BLOCK = 64  # heads of a program: 128 of them times a rank of 512 fill the whole register file
-MIN_HEADS = 64  # rows that the heads of a program are padded to
-# By heads of a program: keys of a tile, warps, tiles in shared memory at most, and programs a
-# multiprocessor that splits aim at.
-KEY_BLOCK = {16: (32, 4, 5, 1), 32: (32, 8, 4, 1), 64: (64, 8, 2, 1)}
-WIDE = 64
-WHOLE = False
-LATE = True
+TILE_KEYS, WARPS, BUFFERS = 64, 8, 2  # BUFFERS: tiles in shared memory at a time
+MERGE_ELEMENTS, MERGE_COLUMNS, MERGE_WARPS = 4096, 32, 4  # of the splits' outputs, in a program
 SCORE_COLUMNS, SCORE_WARPS, SCORE_STAGES = 64, 8, 3
-COMBINE_ELEMENTS, COMBINE_COLUMNS, COMBINE_WARPS = 4096, 32, 4
 
 
 @triton.jit(
@@ -76,15 +72,14 @@ def latent_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    TILES_AHEAD: tl.constexpr,
-    WHOLE: tl.constexpr,
-    LATE: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One split of the keys for a block of heads; grid (splits * blocks of heads, B).
 
     A split is a share of the keys between the row's first and last visible one. Blocks of heads are
-    neighbours in the grid, so that they find a latent in L2 together.
+    neighbours in the grid, so that they find a latent in L2 together. STAGES is for Hopper and 64 heads,
+    whose products read shared memory, else None.
     """
     HEAD_BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     i_split, i_block = tl.program_id(0) // HEAD_BLOCKS, tl.program_id(0) % HEAD_BLOCKS
@@ -122,11 +117,8 @@ def latent_kernel(
 
     b_out = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
     b_top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    if LATE:
-        b_mass = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
-    else:
-        b_mass = tl.zeros([BLOCK_H], tl.float32)
-    for i_tile in tl.range(0, (stop - start + BLOCK_N - 1) // BLOCK_N, num_stages=TILES_AHEAD):
+    b_mass = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)  # summed at the end: warps share a row's keys
+    for i_tile in tl.range(0, (stop - start + BLOCK_N - 1) // BLOCK_N, num_stages=STAGES):
         n = start + i_tile * BLOCK_N
         in_n = o_n < stop - n
         visible = in_n
@@ -147,51 +139,40 @@ def latent_kernel(
             b_rows = in_n[:, None] & in_e[None, :]
         p_tile = p_rotary + n.to(tl.int64) * STRIDE_EN
         b_k_rot = tl.load(p_tile + o_rotary, mask=b_rows, other=0.0)
-        if WHOLE:
-            if n < stop:
-                b_dot = tl.dot(b_q_rot, tl.trans(b_k_rot))
-                b_dot = tl.dot(b_q, tl.trans(b_c), b_dot)
-                b_s = log2_weights(b_dot, visible[None, :], scale, 0.0, False)
-                b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
-                b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
-                b_rescale = tl.exp2(b_top - b_level)
-                b_p = tl.exp2(b_s - b_level[:, None])
-                b_mass = b_mass * b_rescale + tl.sum(b_p, axis=1)
-                b_top = b_new
-                b_out = tl.dot(b_p.to(b_c.dtype), b_c, b_out * b_rescale[:, None])
+        if n < stop:
+            # Always so, which the compiler does not know. It gives a product that feeds another whole
+            # rows of heads in every warp, and warps beyond the rows would repeat each other's work;
+            # behind a branch it divides the scores among all warps. The two parts are scaled apart,
+            # or they would be chained into one.
+            b_dot = tl.dot(b_q_rot, tl.trans(b_k_rot)) * scale
+            b_dot += tl.dot(b_q, tl.trans(b_c)) * scale
+            b_s = log2_weights(b_dot, visible[None, :], 1.0, 0.0, False)  # [BLOCK_H, BLOCK_N]
+            b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
+            b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_rescale = tl.exp2(b_top - b_level)
+            b_p = tl.exp2(b_s - b_level[:, None])
+            b_mass = b_mass * b_rescale[:, None] + b_p
+            b_top = b_new
+            b_weight = b_p.to(b_c.dtype)
         else:
-            if n < stop:
-                b_dot = (
-                    tl.dot(b_q_rot, tl.trans(b_k_rot)) * scale + tl.dot(b_q, tl.trans(b_c)) * scale
-                )
-                b_s = log2_weights(b_dot, visible[None, :], 1.0, 0.0, False)  # [BLOCK_H, BLOCK_N]
-                b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
-                b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
-                b_rescale = tl.exp2(b_top - b_level)
-                b_p = tl.exp2(b_s - b_level[:, None])
-                if LATE:
-                    b_mass = b_mass * b_rescale[:, None] + b_p
-                else:
-                    b_mass = b_mass * b_rescale + tl.sum(b_p, axis=1)
-                b_top = b_new
-                b_weight = b_p.to(b_c.dtype)
-            else:
-                b_rescale = b_top
-                b_weight = tl.dot(b_q_rot, tl.trans(b_k_rot)).to(b_c.dtype)
-            if TILES_AHEAD is None:
+            # Never run. A constant here would be laid out in shared memory, of which there is none left.
+            b_rescale = b_top
+            b_weight = tl.dot(b_q_rot, tl.trans(b_k_rot)).to(b_c.dtype)
+        if STAGES is None:
+            b_out = tl.dot(b_weight, b_c, b_out * b_rescale[:, None])
+        else:
+            # With no product outside of a branch, the pipeliner loads the next tile before this one's
+            # arithmetic. After it, as it does otherwise, two buffers would hide nothing, and there is
+            # no room for a third (H100, 128 heads, 8 x 32k keys: 185 us against 244).
+            if n < N:
                 b_out = tl.dot(b_weight, b_c, b_out * b_rescale[:, None])
-            else:
-                if n < N:
-                    b_out = tl.dot(b_weight, b_c, b_out * b_rescale[:, None])
 
-    if LATE:
-        b_mass = tl.sum(b_mass, axis=1)
     o_split = (i_b * H + o_h) * splits + i_split
     tl.store(
         p_partial + o_split[:, None] * R + o_r[None, :], b_out, mask=in_h[:, None] & in_r[None, :]
     )
     tl.store(p_top + o_split, b_top, mask=in_h)
-    tl.store(p_mass + o_split, b_mass, mask=in_h)
+    tl.store(p_mass + o_split, tl.sum(b_mass, axis=1), mask=in_h)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -425,20 +406,20 @@ def _dense(
     """
     batch, heads = query.shape[:2]
     length, rank = key.shape[2:]
-    block_h = min(HEAD_BLOCK, max(MIN_HEADS, triton.next_power_of_2(heads)))
+    block_h = HEAD_BLOCK if heads > 16 and _multiplies_64_rows(query.device) else 16
     block_r, block_e = (max(16, triton.next_power_of_2(x.shape[3])) for x in (key, rotary_key))
-    block_n, warps, buffers, waves = KEY_BLOCK[block_h]
-    wide = block_h >= WIDE
     row_bytes = (block_r + block_e) * query.element_size()
-    free = launch._shared_memory(query.device) + 16 * 1024 - block_h * row_bytes
-    free -= block_h * block_n * query.element_size()
-    buffers = max(1, min(buffers, free // (block_n * row_bytes)))
+    block_n = TILE_KEYS
+    taken = block_h * (row_bytes + block_n * query.element_size())
+    room = launch._shared_memory(query.device) + 16 * 1024 - taken
+    while block_n > 16 and BUFFERS * block_n * row_bytes > room:
+        block_n //= 2
     blocks = triton.cdiv(heads, block_h)
-    most = max(1, waves * launch._processors(query.device) // (blocks * batch))
+    most = max(1, launch._processors(query.device) // (blocks * batch))
     splits = min(most, triton.cdiv(length, block_n))
     partial, top, mass = launch._partials(out, splits)
-    block_s = triton.next_power_of_2(most)
-    columns = min(block_r, max(COMBINE_COLUMNS, COMBINE_ELEMENTS // block_s))
+    block_s = triton.next_power_of_2(most)  # of `most`, lest a growing cache compile again
+    columns = min(block_r, max(MERGE_COLUMNS, MERGE_ELEMENTS // block_s))
     with launch._device(query):
         latent_kernel[(splits * blocks, batch)](
             query, key, rotary_key, mask, span, launch._bytes(only), partial, top, mass,
@@ -460,11 +441,9 @@ def _dense(
             BLOCK_N=block_n,
             BLOCK_R=block_r,
             BLOCK_E=block_e,
-            TILES_AHEAD=buffers if wide else None,
-            WHOLE=WHOLE and wide,
-            LATE=LATE and not (WHOLE and wide),
-            num_warps=warps,
-            num_stages=buffers if wide else buffers + 1,
+            STAGES=BUFFERS if block_h == HEAD_BLOCK else None,
+            num_warps=WARPS,
+            num_stages=BUFFERS + 1,
             **launch._dependent(query.device),
         )  # fmt: skip
         merge_kernel[(triton.cdiv(rank, columns), heads, batch)](
@@ -473,9 +452,16 @@ def _dense(
             HAS_ONLY=only is not None,
             BLOCK_S=block_s,
             BLOCK_R=columns,
-            num_warps=COMBINE_WARPS,
+            num_warps=MERGE_WARPS,
             **launch._dependent(query.device),
         )  # fmt: skip
+
+
+@cache
+def _multiplies_64_rows(device: torch.device) -> bool:
+    """Whether a product of 64 rows takes its operands from shared memory, as on Hopper. The interpreter
+    runs what Hopper does."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def scores(
