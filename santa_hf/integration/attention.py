@@ -241,7 +241,7 @@ def _decode(
         return step(estimator="dense")
     batch, heads = query.shape[:2]
     unprofitable = config.kernel == "auto" and rotary_key is not None
-    unprofitable = unprofitable and not mla.sampling_pays(query, key.shape[2], config.samples)
+    unprofitable = unprofitable and not mla.sampling_pays(query.device)
     if key.shape[2] < config.min_context or unprofitable:
         _count(module, "dense")
         return step(estimator="dense")

@@ -129,17 +129,14 @@ def project(module: torch.nn.Module, out: torch.Tensor) -> torch.Tensor:
     ]
 
 
-def sampling_pays(query: torch.Tensor, length: int, samples: int) -> bool:
-    """Whether `kernel="auto"` samples over `length` latents, or computes them exactly as that is faster.
+def sampling_pays(device: torch.device) -> bool:
+    """Whether `kernel="auto"` samples over latents, or computes them exactly as that is faster.
 
-    Latents are read for the scores anyway, so sampling saves products and no traffic. On an H100 it was
-    faster at every batch size for 128 heads, 32k keys and 128 draws, and for no other shape measured
-    (eval/bench/results/mla.md). The batch has no say: a sequence is treated alike in any. On a CPU
+    Latents are read for the scores anyway, so sampling saves products and no traffic. On an H100 exact
+    attention was faster on every shape measured but one, by 3% (eval/bench/results/mla.md). On a CPU
     products cost time, and the draws are what a kernel's are checked against: it always samples.
     """
-    if not query.is_cuda:
-        return True
-    return query.shape[1] >= 128 and length >= 32768 and samples <= 128
+    return device.type != "cuda"
 
 
 def _nope(module: Any) -> int:
