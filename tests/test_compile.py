@@ -110,8 +110,9 @@ def test_a_fallback_warns_when_its_graph_is_traced() -> None:
         decode(model, compiled, 2)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("estimator", ["systematic", "dense"])
-def test_the_operator_keeps_its_schema(estimator: str) -> None:
+def test_the_operator_keeps_its_schema(estimator: str, device: str) -> None:
     from santa_hf.ops import decode as operator
 
     query = torch.randn(2, 6, 1, 16)
@@ -130,7 +131,11 @@ def test_the_operator_keeps_its_schema(estimator: str) -> None:
     }
     rows = torch.tensor([3, 4])
     exact = torch.tensor([True, False])
-    for optional in ((None,) * 6, (mask, rows, rows, torch.randn(6), exact, None)):
-        torch.library.opcheck(operator, (query, key, value, *optional), settings)
-    parts = (key[..., :10].contiguous(), value, *(None,) * 5, torch.randn(2, 3, 40, 6))
-    torch.library.opcheck(operator, (query, *parts), settings)
+    optionals: list[tuple[torch.Tensor | None, ...]] = [
+        (query, key, value, *(None,) * 6),
+        (query, key, value, mask, rows, rows, torch.randn(6), exact, None),
+        (query, key[..., :10].contiguous(), value, *(None,) * 5, torch.randn(2, 3, 40, 6)),
+    ]
+    for tensors in optionals:
+        moved = [None if x is None else x.to(device) for x in tensors]
+        torch.library.opcheck(operator, moved, settings)

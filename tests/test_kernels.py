@@ -8,7 +8,9 @@ that only a draw within rounding of a boundary may differ, and the test measures
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -32,7 +34,7 @@ import triton.language as tl  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from santa_hf.kernels import common, launch  # noqa: E402
+from santa_hf.kernels import common, flash, launch  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 ESTIMATORS = ("systematic", "stratified", "multinomial")
@@ -372,20 +374,27 @@ def test_any_case_equals_the_reference(data: st.DataObject) -> None:
 def test_dense_is_softmax_attention(shape: tuple[Any, ...], mask: str | None) -> None:
     query, key, value, keywords = case(shape, mask)
     keywords["estimator"] = "dense"
+    assert_dense_is_attention(query, key, value, keywords)
+
+
+def assert_dense_is_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keywords: dict[str, Any]
+) -> None:
+    mask = keywords["mask"]
     out = launch.fused(query, key, value, **keywords)
     exact = reference.dense(
         query.double(),
         key.double(),
         value.double(),
         scaling=keywords["scaling"],
-        mask=keywords["mask"],
+        mask=mask,
     )
     # Weights are rounded to the dtype before the product with V, as in flash attention.
     spare = torch.finfo(query.dtype).eps * value.double().abs().max()
-    seen = slice(None) if mask is None else keywords["mask"].any(-1).flatten()
+    seen = slice(None) if mask is None else mask.any(-1).flatten()
     budget = attention_budget(
         query[seen], key[seen], value[seen], keywords["scaling"],
-        None if mask is None else keywords["mask"][seen],
+        None if mask is None else mask[seen],
     )  # fmt: skip
     assert (out.double() - exact).abs().max() <= budget + spare
 
@@ -398,6 +407,12 @@ def test_a_fixed_budget_per_tile_equals_the_reference(
 ) -> None:
     query, key, value, keywords = case(shape, mask)
     keywords["estimator"] = estimator
+    assert_fixed_budgets_match(query, key, value, keywords)
+
+
+def assert_fixed_budgets_match(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keywords: dict[str, Any]
+) -> None:
     out = launch.fused(query, key, value, **keywords).double()
     exact = reference.decode(
         query.double(), key.double(), value.double(), **keywords, allocation="tile"
@@ -407,6 +422,70 @@ def test_a_fixed_budget_per_tile_equals_the_reference(
     flipped = ((out - exact).abs().amax(-1) > same).float().mean()
     chance = 2 * keywords["samples"] * 2.0**-12
     assert flipped <= max(chance, 2 / query.shape[1] if query.shape[1] > 4 else 0)
+
+
+@settings(max_examples=12 if CUDA else 6, deadline=None)
+@given(st.data())
+def test_any_case_of_one_pass_equals_the_reference(data: st.DataObject) -> None:
+    kv_heads = data.draw(st.integers(1, 2))
+    shape = (
+        data.draw(st.integers(1, 3)),
+        kv_heads * data.draw(st.sampled_from([1, 3, 4, 7, 70] if CUDA else [1, 3])),
+        kv_heads,
+        data.draw(st.integers(1, 3000 if CUDA else 600)),
+        data.draw(st.sampled_from([32, 40, 64, 128])),
+        data.draw(st.sampled_from([32, 80, 128])),
+        data.draw(st.sampled_from([F32, BF16, F16])),
+    )
+    mask = data.draw(st.sampled_from([None, "left padding", "static tail", "both", "holes"]))
+    query, key, value, keywords = case(
+        shape, mask, data.draw(st.sampled_from([0.0, 1.0, 4.0])), data.draw(st.integers(0, 99))
+    )
+    keywords["estimator"] = data.draw(st.sampled_from(ESTIMATORS))
+    keywords["samples"] = data.draw(st.sampled_from([1, 2, 31, 130]))
+    assert_fixed_budgets_match(query, key, value, keywords)
+    keywords["estimator"] = "dense"
+    assert_dense_is_attention(query, key, value, keywords)
+
+
+@triton.jit
+def _count_kernel(p_weight, p_offset, p_out, draws, TILE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    o_t, o_g = tl.arange(0, TILE), tl.arange(0, 4)
+    o_weight = o_g[:, None] * TILE + o_t[None, :]
+    b_weight = tl.load(p_weight + o_weight).to(tl.uint32)
+    b_prefix = tl.cumsum(b_weight, axis=1)
+    b_offset = tl.load(p_offset + o_g)
+    b_rate, b_shift, b_add, fine = flash._steps(draws, tl.sum(b_weight, axis=1), b_offset)
+    b_rate, b_shift, b_add = b_rate[:, None], b_shift[:, None], b_add[:, None]
+    tl.store(p_out + o_weight, flash._draws_below(b_prefix, b_rate, b_shift, b_add, fine))
+
+
+@pytest.mark.parametrize("draws", [1, 2, 3, 16, 255, 256, 2048, 2**20 - 1, 2**31 - 1])
+def test_counts_of_a_tile_are_exact_to_a_step(draws: int) -> None:
+    """Against whole numbers of any size: each boundary within a step, and never a draw too many."""
+    tile = reference.FIXED_TILE
+    generator = torch.Generator().manual_seed(draws)
+    weight = torch.randint(0, 2**23 + 1, (4, tile), generator=generator)
+    weight[0] = 2**23  # flat
+    weight[1] = torch.where(torch.arange(tile) == 77, 2**23, 0)  # all on one key
+    weight[2] = (weight[2].double() ** 8 / 2.0**161).long()  # a few heavy keys
+    weight[3, -3:] = 0  # keys behind the last one with mass
+    for offset in (0.0, 1 - 2.0**-53, 0.37, 0.5):
+        offsets = torch.full((4,), offset, dtype=torch.float64)
+        out = torch.empty(4, tile, dtype=torch.int32, device=DEVICE)
+        _count_kernel[(1,)](weight.to(DEVICE), offsets.to(DEVICE), out, draws, TILE=tile)
+        # One step is this part of a draw; the offset is known to one, a boundary to another.
+        fine = 30 - (draws.bit_length() - 1)
+        for row, counts in zip(weight.tolist(), out.tolist(), strict=True):
+            whole, prefix = sum(row), 0
+            assert counts[-1] == draws
+            for units, count in zip(row, counts, strict=True):
+                prefix += units
+                steps = Fraction(draws * prefix << fine, whole)
+                point = int(offset * 2**fine)
+                low, high = (-((point - math.floor(steps + d)) // 2**fine) for d in (-1, 1))
+                assert low <= count <= high
+                assert 0 <= count <= draws
 
 
 @pytest.mark.parametrize("samples", [300, 2100, 70000])
@@ -454,6 +533,36 @@ def test_padding_batch_and_strides_change_no_bit(kernel: str) -> None:
     assert torch.equal(both[1:], alone)
 
 
+@pytest.mark.parametrize("layout", ["head room", "tokens first", "odd"])
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_layouts_of_a_cache_change_no_bit(kernel: str, layout: str) -> None:
+    query, key, value, keywords = case((2, 6, 2, 260, 64, 64, F16))
+    expected = run(kernel, query, key, value, **keywords)
+
+    def laid_out(states: torch.Tensor) -> torch.Tensor:
+        if layout == "head room":  # head stride = capacity * D
+            out = states.new_empty(2, 2, 400, 64)[:, :, :260]
+        elif layout == "tokens first":
+            out = states.new_empty(2, 260, 2, 64).transpose(1, 2)
+        else:  # rows at odd addresses
+            out = states.new_empty(2, 2, 300, 71)[:, :, 5:265, 3:67]
+        return out.copy_(states)
+
+    assert torch.equal(run(kernel, query, laid_out(key), laid_out(value), **keywords), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_offsets_beyond_32_bits(kernel: str) -> None:
+    """The second row of a batch lies 2**31 elements behind the first."""
+    query, key, value, keywords = case((2, 4, 1, 300, 64, 64, BF16))
+    expected = run(kernel, query, key, value, **keywords)
+    memory = torch.zeros(2**31 + 300 * 64, dtype=BF16, device=DEVICE)
+    far = memory.as_strided((2, 1, 300, 64), (2**31, 300 * 64, 64, 1))
+    assert torch.equal(run(kernel, query, far.copy_(key), value, **keywords), expected)
+    assert torch.equal(run(kernel, query, key, far.copy_(value), **keywords), expected)
+
+
 @pytest.mark.parametrize("mask", ["both", "holes"])
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_hidden_rows_may_hold_anything(kernel: str, mask: str) -> None:
@@ -481,15 +590,23 @@ def test_rows_without_a_key_are_zero_and_nan_spreads(kernel: str) -> None:
     assert out[2].isfinite().all()
 
 
-@pytest.mark.parametrize("estimator", ["systematic", "multinomial"])
-@pytest.mark.parametrize("profile", ["random", "peaked", "sink", "flat"])
+@pytest.mark.parametrize(
+    "estimator", ["systematic", "multinomial", pytest.param("stratified", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("profile", ["random", "peaked", "sink", "flat", "boundaries"])
 @pytest.mark.parametrize("kernel", ["prop", "flash"])
 def test_unbiased(kernel: str, profile: str, estimator: str) -> None:
     """The mean over seeds is attention; the multinomial variance bounds the standard error."""
     rows, length = 1024 if CUDA else 64, 300
     query, key, value, keywords = case((1, 2, 1, length, 32, 32, F32))
-    scale = {"random": 1.0, "peaked": 5.0, "sink": 1.0, "flat": 0.0}[profile]
+    scale = {"random": 1.0, "peaked": 5.0, "sink": 1.0, "flat": 0.0, "boundaries": 1.0}[profile]
     query = query * scale
+    if profile == "boundaries":
+        # Tiles of 1/2, 1/4 and 1/4 of the mass: their ends are on points of the grid of 8 draws.
+        query.zero_()
+        query[..., 0] = 32**0.5
+        mass = torch.tensor([2 / 128, 1 / 128, 1 / 44]).repeat_interleave(128)[:length]
+        key[..., 0] = mass.log().to(DEVICE)
     if profile == "sink":
         key[:, :, 0] = query[0, 0] * 2.0
     keywords.update(
@@ -553,8 +670,10 @@ def test_dispatch_is_explicit() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_a_growing_context_compiles_once(kernel: str) -> None:
+    """Over a length at which pass 2 begins to walk more tiles at a time."""
     _, _, _, keywords = case((1, 4, 2, 8, 64, 64, BF16))
-    cache = torch.randn(1, 2, 2048, 64, device=DEVICE).to(BF16)
+    boundary = launch.FEW_TILES * reference.TILE
+    cache = torch.randn(1, 2, boundary + 256, 64, device=DEVICE).to(BF16)
     query = torch.randn(1, 4, 1, 64, device=DEVICE).to(BF16)
     kernels = (
         launch.scores_kernel,
@@ -568,7 +687,7 @@ def test_a_growing_context_compiles_once(kernel: str) -> None:
         return sum(len(k.device_caches[torch.cuda.current_device()][0]) for k in kernels)
 
     counts = []
-    for length in range(1000, 1200):
+    for length in range(boundary - 100, boundary + 100):
         keys = cache[:, :, :length]
         contiguous = keys.contiguous() if length % 2 else keys
         run(kernel, query, contiguous, contiguous, **{**keywords, "layer": length, "seed": length})
@@ -616,3 +735,13 @@ def test_prefix_of_a_million_keys() -> None:
     offset = uniform(7, 3, head, torch.tensor(length - 1, device=DEVICE), zero, Stream.GRID)
     tile = ((torch.arange(samples, device=DEVICE) + offset) / samples * (length // 128)).long()
     assert torch.equal(index // 128, tile)
+
+
+@pytest.mark.gpu
+@each_estimator
+def test_draws_from_a_million_random_keys(estimator: str) -> None:
+    query, key, value, keywords = case((1, 2, 1, 2**20, 32, 32, BF16), "both", spread=3.0)
+    keywords.update(estimator=estimator, samples=1000)
+    out, index = kernel_draws(query, key, value, keywords)
+    assert_draws_match(query, key, index, keywords)
+    assert_output_is_the_mean(out, index, value, 1000)

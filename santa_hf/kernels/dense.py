@@ -170,6 +170,7 @@ def combine_kernel(
     HAS_SINKS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PDL: tl.constexpr,
+    BLOCK_S: tl.constexpr = 16,
 ):
     """Merge the splits of one head, always in the same order; grid (VALUE_BLOCKS, H, B)."""
     i_dv, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -183,28 +184,26 @@ def combine_kernel(
     p_top += i_row * splits
     p_mass += i_row * splits
     p_partial += i_row * splits * DV
-    o_s = tl.arange(0, 16)
-    b_top = tl.full([16], float("-inf"), tl.float32)
-    for s in range(0, splits, 16):
-        in_s = s + o_s < splits
-        b_top = tl.maximum(b_top, tl.load(p_top + s + o_s, mask=in_s, other=float("-inf")))
-    top = tl.max(b_top, axis=0)
-    if HAS_SINKS:
-        sink = tl.load(p_sinks + i_h).to(tl.float32) * 1.4426950408889634
-        top = tl.maximum(top, sink)
-    level = tl.where(top == float("-inf"), 0.0, top)
-    b_out = tl.zeros([BLOCK_DV], tl.float32)
+    # Maxima and partial outputs are asked for together: one wait for every BLOCK_S splits.
+    o_s = tl.arange(0, BLOCK_S)
+    top = tl.full([], float("-inf"), tl.float32)
     mass = tl.zeros([], tl.float32)
-    for s in range(0, splits, 16):
+    if HAS_SINKS:
+        top = tl.load(p_sinks + i_h).to(tl.float32) * 1.4426950408889634
+        mass = tl.where(top == float("-inf"), 0.0, mass + 1.0)
+    b_out = tl.zeros([BLOCK_DV], tl.float32)
+    for s in range(0, splits, BLOCK_S):
         in_s = s + o_s < splits
-        b_scale = tl.load(p_top + s + o_s, mask=in_s, other=float("-inf"))
-        b_scale = tl.exp2(b_scale - level)
+        b_top = tl.load(p_top + s + o_s, mask=in_s, other=float("-inf"))
         b_mass = tl.load(p_mass + s + o_s, mask=in_s, other=0.0)
         o_part = (s + o_s)[:, None] * DV + o_d[None, :]
         b_part = tl.load(p_partial + o_part, mask=in_s[:, None] & (o_d < DV)[None, :], other=0.0)
-        b_out += tl.sum(b_part * b_scale[:, None], axis=0)
-        mass += tl.sum(b_mass * b_scale, axis=0)
-    if HAS_SINKS:
-        mass += tl.exp2(sink - level)
+        new = tl.maximum(top, tl.max(b_top, axis=0))
+        level = tl.where(new == float("-inf"), 0.0, new)
+        b_scale = tl.exp2(b_top - level)
+        rescale = tl.exp2(top - level)
+        b_out = b_out * rescale + tl.sum(b_part * b_scale[:, None], axis=0)
+        mass = mass * rescale + tl.sum(b_mass * b_scale, axis=0)
+        top = new
     b_out = tl.where(mass == 0.0, 0.0, b_out / mass)
     tl.store(p_out + i_row * DV + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < DV)

@@ -21,15 +21,46 @@ from .common import log2_weights, uniform, weight_units
 
 
 @triton.jit
-def _points_below(units, rate, offset):
-    """How many of offset, 1 + offset, ... lie below units * rate, for 0 <= units < 2**32.
+def _log2(x):
+    """floor(log2(x)) of an integer 1 <= x < 2**32, from the exponent of a float64."""
+    return (x.to(tl.float64).to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1023
 
-    round(x + 1/2 - offset), with integers read from and written to the mantissa of a float64: the
-    conversion instructions are 4 times slower than the additions.
+
+@triton.jit
+def _steps(draws, b_whole, b_offset):
+    """What `_draws_below` needs to know of a tile: its mass is draws << fine steps, at least 2**30."""
+    fine = 30 - _log2(draws)
+    steps = draws.to(tl.int64) << (32 + fine)
+    b_shift = 31 - _log2(tl.maximum(b_whole, 1))
+    b_wide = (tl.maximum(b_whole, 1) << b_shift.to(tl.uint32)).to(tl.int64)
+    b_rate = (steps.to(tl.float64) / b_wide.to(tl.float64)).to(tl.int64)
+    b_rate += (b_rate * b_wide < steps).to(tl.int64)  # rounded up: all draws lie below the mass
+    one = (0 * draws + 1) << fine
+    b_add = one - 1 - (b_offset * one.to(tl.float64)).to(tl.int32)
+    return b_rate.to(tl.uint32), b_shift.to(tl.uint32), b_add.to(tl.uint32), fine.to(tl.uint32)
+
+
+@triton.jit
+def _draws_below(b_units, b_rate, b_shift, b_add, fine):
+    """How many of the points (offset + j) / draws of a tile's mass lie below b_units of its weight.
+
+    In 32-bit integers, 4 instructions a key: units are turned into steps, which moves a boundary
+    between keys by less than one step, so by less than 2**-30 of the tile's mass.
     """
-    x = (units.to(tl.int64) | 0x4330000000000000).to(tl.float64, bitcast=True) - 4503599627370496.0
-    x = x * rate + (0.5 - offset)
-    return (x + 6755399441055744.0).to(tl.int64, bitcast=True).to(tl.int32)
+    return ((tl.umulhi(b_units << b_shift, b_rate) + b_add) >> fine).to(tl.int32)
+
+
+@triton.jit
+def _sum_of_rows(b_count, b_v, draws):
+    """Counts times rows. bf16 holds integers exactly to 256: larger counts go in digit by digit."""
+    b_sum = tl.dot((b_count & 255).to(b_v.dtype), b_v, input_precision="ieee")
+    for digit in tl.static_range(
+        1, 4
+    ):  # a loop would keep that over the tiles from being pipelined
+        if (draws >> (8 * digit)) > 0:
+            b_digit = ((b_count >> (8 * digit)) & 255).to(b_v.dtype)
+            b_sum += (256.0**digit) * tl.dot(b_digit, b_v, input_precision="ieee")
+    return b_sum
 
 
 @triton.jit(
@@ -166,13 +197,11 @@ def flash_kernel(
         b_whole = tl.sum(b_weight, axis=1)
         b_before = b_prefix - b_weight
         if ESTIMATOR == "systematic":
-            b_offset = uniform(seed, layer, head, position, 0 * o_g + i_tile, FIXED_TILE)[:, None]
-            b_rate = (draws / tl.maximum(b_whole, 1).to(tl.float64))[:, None]
-            b_count = _points_below(b_prefix, b_rate, b_offset)
-            b_count = tl.where(b_prefix == b_whole[:, None], draws, b_count)
-            b_under = _points_below(b_before, b_rate, b_offset)
-            b_under = tl.where(b_before == b_whole[:, None], draws, b_under)
-            b_count = b_count - b_under
+            b_offset = uniform(seed, layer, head, position, 0 * o_g + i_tile, FIXED_TILE)
+            b_rate, b_shift, b_add, fine = _steps(draws, b_whole, b_offset)
+            b_rate, b_shift, b_add = b_rate[:, None], b_shift[:, None], b_add[:, None]
+            b_count = _draws_below(b_prefix, b_rate, b_shift, b_add, fine)
+            b_count -= _draws_below(b_before, b_rate, b_shift, b_add, fine)
         else:
             b_count = tl.zeros([BLOCK_G, TILE], tl.int32)
             for j in range(draws):
@@ -190,15 +219,7 @@ def flash_kernel(
             b_rows = b_read[:, None] & (o_dv < DV)[None, :]
         p_rows = p_value + start.to(tl.int64) * STRIDE_VN
         b_v = tl.load(p_rows + o_value, mask=b_rows, other=0.0, eviction_policy="evict_first")
-        # bf16 holds integers exactly to 256, so larger counts go in digit by digit.
-        b_drawn = tl.dot((b_count & 255).to(b_v.dtype), b_v, input_precision="ieee")
-        digits = draws >> 8
-        unit = 256.0
-        while digits > 0:
-            b_count = b_count >> 8
-            b_drawn += unit * tl.dot((b_count & 255).to(b_v.dtype), b_v, input_precision="ieee")
-            digits = digits >> 8
-            unit *= 256.0
+        b_drawn = _sum_of_rows(b_count, b_v, draws)
 
         b_new = tl.maximum(b_top, b_tile_top)
         b_level = tl.where(b_new == float("-inf"), 0.0, b_new)

@@ -34,12 +34,16 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MIN_GROUP = 4  # rows that a group of query heads is padded to
 SCORE_WARPS = 8
 PART = 16  # keys of a tile that a draw passes at a time
+FEW_TILES, MANY_TILES = 64, 256  # tiles that pass 2 walks over at a time, by the length of the row
+MERGE_CHUNKS = 16
 SPLIT_WAVES = 1  # programs a multiprocessor that the splits of one row aim at
-FLASH_WARPS = 4
+FLASH_WARPS = 8
 FLASH_GROUP = 16  # query heads of a program at most
 DENSE_TILE = 128
 DENSE_STAGES = 2
 DENSE_WARPS = 8
+COMBINE_SPLITS = 32
+COMBINE_WARPS = 4
 
 
 def why_not(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
@@ -169,7 +173,7 @@ def sample(
     stash, top, total, done = weights
     batch, heads = out.shape[:2]
     kv_heads, length, value_dim = value.shape[1:]
-    blocks = _sample_blocks(samples, top.shape[2])
+    blocks = _sample_blocks(samples)
     chunks = _ceil_div(samples, blocks["BLOCK_S"])
     partial = out
     if chunks > 1:
@@ -324,6 +328,9 @@ def _flash(
         length, FIXED_TILE, kv_heads * value_blocks * group_blocks, query.device
     )
     splits = _ceil_div(_ceil_div(length, FIXED_TILE), split_tiles)
+    tile_bytes = FIXED_TILE * (dim + block_dv) * query.element_size()
+    # The next tile of K is read ahead where it fits beside the rows of V and the counts.
+    ahead = tile_bytes + 32 * 1024 <= _shared_memory(query.device)
     partial, top, mass = _partials(out, splits)
     scale, cap = _exponent_scale(scaling, softcap)
     with _device(query):
@@ -355,8 +362,8 @@ def _flash(
             BLOCK_DV=block_dv,
             VALUE_BLOCKS=value_blocks,
             GROUP_BLOCKS=group_blocks,
-            num_warps=FLASH_WARPS,
-            num_stages=1,
+            num_warps=FLASH_WARPS if ahead else FLASH_WARPS // 2,
+            num_stages=2 if ahead else 1,
             **_dependent(query.device),
         )  # fmt: skip
     _combine(partial, top, mass, out, splits, sinks, only)
@@ -387,8 +394,9 @@ def _combine(
             DV=value_dim,
             HAS_ONLY=only is not None,
             HAS_SINKS=sinks is not None,
+            BLOCK_S=COMBINE_SPLITS,
             BLOCK_DV=block_dv,
-            num_warps=2,
+            num_warps=COMBINE_WARPS,
             **_dependent(out.device),
         )  # fmt: skip
 
@@ -457,19 +465,20 @@ def _block_of_group(group: int) -> int:
     return max(MIN_GROUP, triton.next_power_of_2(group))
 
 
-def _sample_blocks(samples: int, n_tiles: int) -> dict[str, int]:
-    """Draws of a program of pass 2, chunks merged and tiles walked at a time: by the budget and the
-    bucket of N alone, so that a row is summed alike in any batch.
+@cache
+def _sample_blocks(samples: int) -> dict[str, int]:
+    """Draws of a program of pass 2, chunks merged and tiles walked at a time: by the budget alone, so
+    that a row is summed alike in any batch.
 
     One warp needs no barrier between its steps, which wait for each other.
     """
-    few = samples <= 128
-    block_t = 64 if n_tiles <= 64 else 256
     return {
-        "BLOCK_S": 16 if few else 32,
-        "BLOCK_C": 16,
-        "BLOCK_T": block_t,
-        "LOG2_BLOCK_T": block_t.bit_length() - 1,
+        "BLOCK_S": 16 if samples <= 128 else 32,
+        "BLOCK_C": MERGE_CHUNKS,
+        "BLOCK_T": MANY_TILES,
+        "LOG2_BLOCK_T": MANY_TILES.bit_length() - 1,
+        "FEW_TILES": FEW_TILES,
+        "LOG2_FEW_TILES": FEW_TILES.bit_length() - 1,
         "num_warps": 1,
     }
 
