@@ -328,7 +328,7 @@ def _flash(
         length, FIXED_TILE, kv_heads * value_blocks * group_blocks, query.device
     )
     splits = _ceil_div(_ceil_div(length, FIXED_TILE), split_tiles)
-    tile_bytes = FIXED_TILE * (dim + block_dv) * query.element_size()
+    tile_bytes = FIXED_TILE * (_ceil_div(dim, block_d) * block_d + block_dv) * query.element_size()
     # The next tile of K is read ahead where it fits beside the rows of V and the counts.
     ahead = tile_bytes + 32 * 1024 <= _shared_memory(query.device)
     partial, top, mass = _partials(out, splits)
