@@ -259,7 +259,7 @@ def _decode(
     )
     if not torch.compiler.is_compiling():
         _count(module, "sampled", config.samples * heads * batch)
-        if exact is not None:
+        if exact is not None and not (exact.is_cuda and torch.cuda.is_current_stream_capturing()):
             count_as_dense(module, exact, config.samples * heads)
         if counting_value_rows():
             sampled = None if exact is None else ~exact
