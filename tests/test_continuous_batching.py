@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 import santa_hf
 from santa_hf.integration import paged
@@ -140,6 +146,26 @@ def test_on_a_gpu() -> None:
     ]
     same = sum(a == b for rows in zip(*seen, strict=True) for a, b in zip(*rows, strict=True))
     assert same > NEW_TOKENS * len(PROMPTS) / 2
+
+
+@pytest.mark.gpu
+def test_decode_steps_do_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def watched(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += query.shape[2] == len(PROMPTS)
+        if query.shape[2] != len(PROMPTS) or calls <= 5 * tiny.LAYERS:  # a prefill, or it compiles
+            return santa_paged_attention(module, query, *args, **kwargs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return santa_paged_attention(module, query, *args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, PAGED, watched)
+    together(tiny.use(tiny.build("gemma3").cuda(), "santa", samples=16, strict=True))
+    assert calls == tiny.LAYERS * (NEW_TOKENS - 1)
 
 
 def test_what_it_cannot_do_is_said() -> None:
