@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from .functional import santa_decode
     from .integration.configure import configure
     from .integration.registry import register
+    from .integration.stopping import deferred_stopping
 
 __all__ = [
     "SantaConfig",
     "configure",
     "count_value_rows",
+    "deferred_stopping",
     "register",
     "reset_stats",
     "santa_decode",
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "SantaConfig": ".config",
     "configure": ".integration.configure",
+    "deferred_stopping": ".integration.stopping",
     "register": ".integration.registry",
     "santa_decode": ".functional",
 }

@@ -7,7 +7,8 @@ import warnings
 import pytest
 import tiny
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel, StaticCache
+from transformers.generation.utils import DeferredStopCheck
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     causal_mask_function,
@@ -212,3 +213,20 @@ def test_padding_is_attended_to_without_the_mask_function(
     padded, alone = padded_and_alone(model)
     torch.testing.assert_close(padded[0], alone[0], rtol=1e-4, atol=1e-4)  # has no padding
     assert (padded[1:] - alone[1:]).abs().max() > 0.1
+
+
+def test_only_a_gpu_may_stop_late() -> None:
+    """By the rules that Transformers has for MPS, and as long as it is asked for."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    kept = StaticCache(config=tiny.shared("llama").config, max_cache_len=8)
+
+    def allowed(device: torch.device, cache: Cache | None = None, returned: bool = False) -> bool:
+        return DeferredStopCheck.is_supported(device, cache, returned, is_assistant=False)
+
+    with santa_hf.deferred_stopping(), santa_hf.deferred_stopping():
+        assert allowed(cuda)
+        assert allowed(cuda, kept)
+        assert not allowed(cuda, kept, True)  # cannot be cropped
+        assert not DeferredStopCheck.is_supported(cuda, None, False, is_assistant=True)
+        assert not allowed(cpu)
+    assert not allowed(cuda)

@@ -20,18 +20,18 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     Cache,
-    CompileConfig,
     DynamicCache,
     LlamaConfig,
     PreTrainedModel,
@@ -84,20 +84,19 @@ HEAD_ROOM = 256  # slots of a static cache that stay empty
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to decode: the attention, what santa does, the cache, and what the compiler is told."""
+    """A way to decode: the attention, what santa does, and the cache."""
 
     attention: str
     estimator: str | None
     static: bool
     compiled: bool
-    tuned: bool = False
 
     @property
     def name(self) -> str:
         """For example "santa S=128, static compiled"."""
         method = {None: "", "dense": " dense"}.get(self.estimator, f" S={SAMPLES}")
         cache = "dynamic" if not self.static else "static compiled" if self.compiled else "static"
-        return f"{self.attention}{method}, {cache}" + ", tuned" * self.tuned
+        return f"{self.attention}{method}, {cache}"
 
 
 ARMS = (
@@ -109,18 +108,9 @@ ARMS = (
     Arm("sdpa", None, True, True),
     Arm("sdpa", None, True, False),
     Arm("flash_attention_2", None, False, False),
-    Arm("santa", "systematic", True, True, tuned=True),
-    Arm("santa", "dense", True, True, tuned=True),
-    Arm("sdpa", None, True, True, tuned=True),
 )
-# What a user may ask `generate` to compile with: products with a vector that reach the bandwidth of the
-# GPU, and a step that does not ask every module of the model whether it has changed.
-TUNED = {
-    "triton.cudagraphs": True,  # what generate asks for by itself
-    "coordinate_descent_tuning": True,
-    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-}
 LAUNCH_FLOOR = "launch floor"
+DEFERRED = ", deferred stop"  # a compiled arm under `santa_hf.deferred_stopping`
 
 # Classes of kernels by their names; the first match counts.
 KERNELS = {
@@ -208,6 +198,7 @@ class _Clock(StoppingCriteria):
             if len(self.times) == WARM_UP:
                 torch.cuda.reset_peak_memory_stats()
             elif len(self.times) == WARM_UP + self.steps + 1:
+                torch.cuda.synchronize()
                 self.profile.start()
             elif len(self.times) == WARM_UP + self.steps + 1 + PROFILED:
                 torch.cuda.synchronize()
@@ -247,6 +238,12 @@ def _class_of(kernel: str) -> str:
     return "other"
 
 
+class _OwnCache(StaticCache):
+    """Counts as generate's own, not as one to return: nothing here stops early and is undone."""
+
+    _is_user_defined = property(lambda self: False, lambda self, value: None)
+
+
 def build(shape: dict[str, Any], device: str, dtype: torch.dtype) -> PreTrainedModel:
     """A model of this shape with random weights, made on the device."""
     with torch.device(device):
@@ -260,7 +257,7 @@ def _filled(model: PreTrainedModel, static: bool, batch: int, context: int) -> C
     """A cache that holds `context` random tokens in every layer."""
     config = model.config
     cache = (
-        StaticCache(config=config, max_cache_len=context + HEAD_ROOM)
+        _OwnCache(config=config, max_cache_len=context + HEAD_ROOM)
         if static
         else DynamicCache(config=config)
     )
@@ -276,7 +273,7 @@ def _settle(model: PreTrainedModel, turns: Turns) -> None:
     """Decode until steps no longer get faster: the first seconds of a process load libraries."""
     times = [float("inf")]
     for _ in range(6):
-        times.append(measure(model, ARMS[0], 1, FLOOR_CONTEXT, 8, turns)["ms_p50"])
+        times.append(measure(model, ARMS[0], 1, FLOOR_CONTEXT, 8, turns)[0]["ms_p50"])
         if times[-1] > 0.97 * min(times[:-1]):
             break
 
@@ -292,8 +289,8 @@ def _free(model: PreTrainedModel) -> None:
 
 def measure(
     model: Any, arm: Arm, batch: int, context: int, steps: int, turns: Turns | None = None
-) -> dict[str, Any]:
-    """Decode with one arm: the fields of `Row` that are measured.
+) -> list[dict[str, Any]]:
+    """Decode with one arm: the fields of `Row` that are measured; compiled, also with a deferred stop.
 
     Args:
         model: as made by `build`; its attention is set here.
@@ -311,28 +308,35 @@ def measure(
         santa_hf.configure(model, {"estimator": arm.estimator, "samples": SAMPLES})
     cuda = model.device.type == "cuda"
     cache = _filled(model, arm.static, batch, context)
-    clock = _Clock(steps, cuda, turns)
-    vocabulary = model.config.vocab_size
-    model.generate(
-        torch.randint(vocabulary, (batch, context + 1), device=model.device),
-        attention_mask=torch.ones(batch, context + 1, dtype=torch.int64, device=model.device),
-        past_key_values=cache,
-        max_new_tokens=WARM_UP + steps + 2 + PROFILED,
-        do_sample=False,
-        disable_compile=not arm.compiled,
-        stopping_criteria=[clock],
-        compile_config=CompileConfig(mode=cast(str, None), options=TUNED) if arm.tuned else None,
-    )
+    tokens = torch.randint(model.config.vocab_size, (batch, context + 1), device=model.device)
+    measured = []
+    for deferred in (False, True) if arm.compiled else (False,):
+        clock = _Clock(steps, cuda, turns)
+        with santa_hf.deferred_stopping() if deferred else nullcontext():
+            tokens = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                past_key_values=cache,
+                max_new_tokens=WARM_UP + steps + 2 + PROFILED,
+                do_sample=False,
+                disable_compile=not arm.compiled,
+                stopping_criteria=[clock],
+            )
+        measured.append(_fields(clock))
     turns.take(fcntl.LOCK_UN)
+    return measured
+
+
+def _fields(clock: _Clock) -> dict[str, Any]:
     times = clock.milliseconds()
     p20, p50, p80 = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
-    measured: dict[str, Any] = {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80}
-    if cuda:
+    fields: dict[str, Any] = {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80}
+    if clock.profile is not None:
         parts = clock.parts()
-        measured |= {f"ms_{kind}": spent for kind, spent in parts.items()}
-        measured["ms_idle"] = max(0.0, p50 - sum(parts.values()))
-        measured["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return {name: round(value, 3) for name, value in measured.items()}
+        fields |= {f"ms_{kind}": spent for kind, spent in parts.items()}
+        fields["ms_idle"] = max(0.0, p50 - sum(parts.values()))
+        fields["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return {name: round(value, 3) for name, value in fields.items()}
 
 
 def _bandwidth() -> float:
@@ -406,7 +410,12 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     if not done:
         return
     cases = sorted({(row.context, row.batch) for row in done})
-    names = [arm.name for arm in ARMS if any(row.arm == arm.name for row in done)]
+    names = [
+        name
+        for arm in ARMS
+        for name in (arm.name, arm.name + DEFERRED)
+        if any(row.arm == name for row in done)
+    ]
     width = 0.85 / len(names)
     figure, axes = plt.subplots(figsize=(1.8 + 1.5 * len(cases), 4.5))
     for i, name in enumerate(names):
@@ -470,7 +479,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         ms = {r.arm: r.ms_p50 for r in here if r.ms_p50}
         floor = next((r.floor_ms for r in here if r.floor_ms), None)
         launch = [r.ms_p50 for r in rows if r.arm == LAUNCH_FLOOR and r.batch == batch]
-        for cache in ("dynamic", "static compiled"):
+        for cache in ("dynamic", "static compiled", "static compiled" + DEFERRED):
             names = [f"{m}, {cache}" for m in ("sdpa", "santa dense", f"santa S={SAMPLES}")]
             if not all(name in ms for name in names):
                 continue
@@ -554,17 +563,19 @@ def main(prog: str, argv: Sequence[str]) -> None:
         if bandwidth:
             floors = _floors(model, batch, context, bandwidth)
             row.floor_ms, row.dense_floor_ms = (round(floor, 3) for floor in floors)
+        found: list[dict[str, Any]] = [{}]
         if cuda and _needed_bytes(model, batch, context) > torch.cuda.mem_get_info()[1]:
             row.error = "does not fit"
         else:
             try:
-                measured_now = measure(model, arm, batch, context, arguments.steps, turns)
-                vars(row).update(measured_now)
+                found = measure(model, arm, batch, context, arguments.steps, turns)
             except torch.OutOfMemoryError as error:
                 row.error = f"out of memory: {str(error).splitlines()[0][:80]}"
-        _report(row)
-        key = (context, batch, name)
-        rows = [r for r in rows if (r.context, r.batch, r.arm) != key] + [row]
+        for fields_found, suffix in zip(found, ("", DEFERRED), strict=False):
+            one = replace(row, arm=name + suffix, **fields_found)
+            _report(one)
+            key = (context, batch, one.arm)
+            rows = [r for r in rows if (r.context, r.batch, r.arm) != key] + [one]
         if path:
             _write(rows, path)
     print(*summary(rows), sep="\n")
