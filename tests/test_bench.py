@@ -35,6 +35,21 @@ def test_decode_benchmark(tmp_path: Path) -> None:
     assert f"together {gain:.2f}x" in line
 
 
+def test_a_compiled_arm_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over one cache, with one compilation: as it is, and stopping late. (A CPU does not compile.)"""
+    model = decode.build(decode.TINY, "cpu", torch.float32)
+    arm = next(arm for arm in decode.ARMS if arm.compiled and arm.estimator)
+    filled, make = [], decode._filled
+    monkeypatch.setattr(decode, "_filled", lambda *args: filled.append(make(*args)) or filled[-1])
+    waiting, deferred = decode.measure(model, arm, 2, 150, 3)
+    assert waiting.keys() == deferred.keys() == {"ms_p20", "ms_p50", "ms_p80"}
+    assert waiting != deferred
+    (cache,) = filled
+    steps = decode.WARM_UP + 3 + 2 + decode.PROFILED
+    assert cache.get_seq_length() == 150 + 2 * steps
+    assert cache.get_seq_length() <= cache.layers[0].keys.shape[2]
+
+
 def test_kernels_are_told_apart() -> None:
     for name, kind in {
         "scores_kernel": "attention",
