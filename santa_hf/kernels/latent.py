@@ -10,8 +10,8 @@ absorbed into the query and the output, a latent is its own value:
 `scores_kernel` leaves, and pass 2 draws rows of c as it draws rows of V.
 """
 
-# ruff: noqa: N803, SIM102, SIM108 (constants of a kernel are capitals, and a condition on one stands
-# alone, so that the other side is not compiled; Triton has no conditional expression over two shapes)
+# ruff: noqa: N803, SIM102 (constants of a kernel are capitals, and a condition on one stands alone, so
+# that the other side is not compiled)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from functools import cache
@@ -72,6 +72,7 @@ def latent_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    SHORT: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -79,7 +80,7 @@ def latent_kernel(
 
     A split is a share of the keys between the row's first and last visible one. Blocks of heads are
     neighbours in the grid, so that they find a latent in L2 together. STAGES is for Hopper and 64 heads,
-    whose products read shared memory, else None.
+    whose products read shared memory, else None; SHORT says that N < BLOCK_N.
     """
     HEAD_BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     i_split, i_block = tl.program_id(0) // HEAD_BLOCKS, tl.program_id(0) % HEAD_BLOCKS
@@ -120,25 +121,29 @@ def latent_kernel(
     b_mass = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)  # summed at the end: warps share a row's keys
     for i_tile in tl.range(0, (stop - start + BLOCK_N - 1) // BLOCK_N, num_stages=STAGES):
         n = start + i_tile * BLOCK_N
-        in_n = o_n < stop - n
-        visible = in_n
+        # A tile that would end beyond N is moved back, and what it sees again is hidden: loads without a
+        # mask take half the instructions.
+        first = n if SHORT else min(n, N - BLOCK_N)
+        visible = (first + o_n >= n) & (first + o_n < stop)
         if HAS_MASK:
-            o_mask = (n + o_n).to(tl.int64) * STRIDE_MN
-            visible = in_n & (tl.load(p_mask + o_mask, mask=in_n, other=0) != 0)
+            o_mask = (first + o_n).to(tl.int64) * STRIDE_MN
+            visible = visible & (tl.load(p_mask + o_mask, mask=visible, other=0) != 0)
         # Rows hidden between visible ones are read all the same: loads that wait for the mask would not
         # be prefetched. As in SDPA, a NaN there is multiplied by zero.
-        if R == BLOCK_R:
-            b_rows = in_n[:, None]
+        p_tile = p_latent + first.to(tl.int64) * STRIDE_CN + o_latent
+        if SHORT:
+            b_c = tl.load(p_tile, mask=(o_n < N)[:, None] & in_r[None, :], other=0.0)
+        elif R == BLOCK_R:
+            b_c = tl.load(p_tile)
         else:
-            b_rows = in_n[:, None] & in_r[None, :]
-        p_tile = p_latent + n.to(tl.int64) * STRIDE_CN
-        b_c = tl.load(p_tile + o_latent, mask=b_rows, other=0.0)
-        if E == BLOCK_E:
-            b_rows = in_n[:, None]
+            b_c = tl.load(p_tile, mask=in_r[None, :], other=0.0)
+        p_tile = p_rotary + first.to(tl.int64) * STRIDE_EN + o_rotary
+        if SHORT:
+            b_k_rot = tl.load(p_tile, mask=(o_n < N)[:, None] & in_e[None, :], other=0.0)
+        elif E == BLOCK_E:
+            b_k_rot = tl.load(p_tile)
         else:
-            b_rows = in_n[:, None] & in_e[None, :]
-        p_tile = p_rotary + n.to(tl.int64) * STRIDE_EN
-        b_k_rot = tl.load(p_tile + o_rotary, mask=b_rows, other=0.0)
+            b_k_rot = tl.load(p_tile, mask=in_e[None, :], other=0.0)
         if n < stop:
             # Always so, which the compiler does not know. It gives a product that feeds another whole
             # rows of heads in every warp, and warps beyond the rows would repeat each other's work;
@@ -146,7 +151,7 @@ def latent_kernel(
             # or they would be chained into one.
             b_dot = tl.dot(b_q_rot, tl.trans(b_k_rot)) * scale
             b_dot += tl.dot(b_q, tl.trans(b_c)) * scale
-            b_s = log2_weights(b_dot, visible[None, :], 1.0, 0.0, False)  # [BLOCK_H, BLOCK_N]
+            b_s = tl.where(visible[None, :], b_dot, float("-inf"))  # [BLOCK_H, BLOCK_N]
             b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
             b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_rescale = tl.exp2(b_top - b_level)
@@ -441,6 +446,7 @@ def _dense(
             BLOCK_N=block_n,
             BLOCK_R=block_r,
             BLOCK_E=block_e,
+            SHORT=length < block_n,
             STAGES=BUFFERS if block_h == HEAD_BLOCK else None,
             num_warps=WARPS,
             num_stages=BUFFERS + 1,
