@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from eval import adapter, models, run, synthetic
+from eval import adapter, models, results, run, synthetic
 from eval.cli import CommandError
 from eval.synthetic import TASKS, Example, Source, draw
 
@@ -265,6 +265,23 @@ def test_prose_is_read_from_local_data(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "gsm8k/main/train.parquet").unlink()
     with pytest.raises(CommandError, match=r"train\.parquet is missing"):
         adapter._prose()
+
+
+@pytest.mark.model
+def test_the_repositorys_checkpoint_answers_through_a_run(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("tasks: [{task: ruler_vt, length: 1024, limit: 2}]\n")
+    out = tmp_path / "out"
+    command = ["--model", str(smollm2), "--suite", str(suite), "--out", str(out), "--quiet"]
+    adapter_option = ["--adapter", str(adapter.DIRECTORY)]
+    run.main("run", [*command, *adapter_option, "--device", "cpu", "--arms", "santa:samples=256"])
+    header, found = results.load_results(out)
+    assert header.model["model_config"] == adapter.MODEL_CONFIG
+    # The base alone names one variable of five, or two.
+    assert {result.arm.name: result.score.value for result in found} == {"dense": 1, "santa": 1}
 
 
 def test_a_run_makes_the_changes_to_the_config_that_an_adapter_was_trained_with(
