@@ -92,6 +92,7 @@ class Summary:
         kl: nats per token.
         agreement: share of tokens.
         perplexity, dense_perplexity: of the text.
+        dense_kl: nats per token by which dense differs from itself when it decodes the text again.
     """
 
     arm: str
@@ -102,6 +103,7 @@ class Summary:
     agreement: Estimate
     perplexity: float
     dense_perplexity: float
+    dense_kl: float
 
 
 @torch.inference_mode()
@@ -207,6 +209,7 @@ def summarise(results: Sequence[Fidelity]) -> list[Summary]:
                     agreement,
                     _perplexity(arm),
                     _perplexity([dense]),
+                    float(np.mean(_blocks(dense, "kl"))),
                 )
             )
     return summaries
@@ -261,7 +264,10 @@ def table(summaries: Sequence[Summary]) -> str:
             f"{s.kl.high:.2e}]  {s.agreement.value:14.2%}  {s.perplexity:10.3f}"
         )
     if summaries:
-        lines.append(f"perplexity of dense: {summaries[0].dense_perplexity:.3f}")
+        lines.append(
+            f"dense: perplexity {summaries[0].dense_perplexity:.3f}; decoded again, KL "
+            f"{summaries[0].dense_kl:.2e}"
+        )
     return "\n".join(lines)
 
 

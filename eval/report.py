@@ -422,7 +422,8 @@ def _article(evaluation: Evaluation) -> str:
     if evaluation.fidelity:
         sections.append(
             "<h3>Fidelity on text</h3><p class='sub'>The text's own tokens are fed through decode "
-            "steps; next-token distributions are compared with dense.</p>"
+            "steps; next-token distributions are compared with dense, which differs from itself by "
+            f"{evaluation.fidelity[0].dense_kl:.1e} nats when it decodes again.</p>"
             + _html_table(_fidelity(evaluation.fidelity))
             + _fidelity_charts(evaluation)
         )

@@ -129,6 +129,9 @@ def test_summary_holds_means_and_their_intervals() -> None:
     assert summary.agreement.low < 0.9 < summary.agreement.high
     assert summary.perplexity == pytest.approx(np.exp(2.1))
     assert summary.dense_perplexity == pytest.approx(np.exp(2.0))
+    assert summary.dense_kl == 0
+    noisy = summarise([made(DENSE, 0, 0.01), *results[1:]])[0]
+    assert noisy.dense_kl == pytest.approx(0.01, rel=0.2)
 
 
 def test_tokens_that_follow_one_another_are_resampled_together() -> None:
@@ -209,7 +212,7 @@ def test_the_command_measures_the_arms_of_a_run(
     main("fidelity", arguments)
     printed = capsys.readouterr().out
     assert "santa-8" in printed
-    assert "perplexity of dense" in printed
+    assert "dense: perplexity" in printed
     found = load_fidelity(run, header)
     assert [(r.arm.name, r.seed) for r in found] == [("dense", 0), ("santa-8", 0), ("santa-8", 1)]
     assert [len(passage.kl) for passage in found[1].passages] == [6, 6]
