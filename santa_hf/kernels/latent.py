@@ -23,6 +23,7 @@ import triton.language as tl
 from ..reference import TILE
 from . import launch
 from .common import LOG2E, log2_weights, weight_units
+from .dense import combine_kernel
 
 __all__ = ["dense", "prop", "scores", "why_not"]
 
@@ -33,7 +34,8 @@ MAX_ROTARY = 128
 # Measured on an H100, see eval/bench/results/mla.md. None of them changes a draw.
 HEAD_BLOCK = 64  # heads of a program: 128 of them times a rank of 512 fill the whole register file
 TILE_KEYS, WARPS, BUFFERS = 64, 8, 2  # BUFFERS: tiles in shared memory at a time
-MERGE_ELEMENTS, MERGE_COLUMNS, MERGE_WARPS = 4096, 32, 4  # of the splits' outputs, in a program
+# Of the splits' outputs, all splits at once: elements of a program, columns at least.
+COMBINE_ELEMENTS, COMBINE_COLUMNS, COMBINE_WARPS = 4096, 32, 4
 SCORE_COLUMNS, SCORE_WARPS, SCORE_STAGES = 64, 8, 3
 
 
@@ -178,47 +180,6 @@ def latent_kernel(
     )
     tl.store(p_top + o_split, b_top, mask=in_h)
     tl.store(p_mass + o_split, tl.sum(b_mass, axis=1), mask=in_h)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def merge_kernel(
-    p_partial,  # (B, H, splits, R) float32
-    p_top,  # (B, H, splits) float32
-    p_mass,  # (B, H, splits) float32
-    p_only,  # (B,) uint8, zero for rows that are left alone
-    p_out,  # (B, H, 1, R)
-    splits: tl.int32,
-    R: tl.constexpr,
-    HAS_ONLY: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Merge the splits of one head, all of them at once; grid (blocks of columns, H, B)."""
-    i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i_row = i_b * tl.num_programs(1) + i_h
-    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_s = tl.arange(0, BLOCK_S)
-    in_s = o_s < splits
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if HAS_ONLY:
-        if tl.load(p_only + i_b) == 0:
-            return
-    o_split = i_row * splits + o_s
-    b_part = tl.load(
-        p_partial + o_split[:, None] * R + o_r[None, :],
-        mask=in_s[:, None] & (o_r < R)[None, :],
-        other=0.0,
-    )
-    b_top = tl.load(p_top + o_split, mask=in_s, other=float("-inf"))
-    b_mass = tl.load(p_mass + o_split, mask=in_s, other=0.0)
-    top = tl.max(b_top, axis=0)
-    b_scale = tl.exp2(b_top - tl.where(top == float("-inf"), 0.0, top))
-    mass = tl.sum(b_mass * b_scale, axis=0)
-    b_out = tl.sum(b_part * b_scale[:, None], axis=0)
-    b_out = tl.where(mass == 0.0, 0.0, b_out / mass)
-    tl.store(p_out + i_row * R + o_r, b_out.to(p_out.dtype.element_ty), mask=o_r < R)
 
 
 @triton.jit(
@@ -424,7 +385,7 @@ def _dense(
     splits = min(most, triton.cdiv(length, block_n))
     partial, top, mass = launch._partials(out, splits)
     block_s = triton.next_power_of_2(most)  # of `most`, lest a growing cache compile again
-    columns = min(block_r, max(MERGE_COLUMNS, MERGE_ELEMENTS // block_s))
+    columns = min(block_r, max(COMBINE_COLUMNS, COMBINE_ELEMENTS // block_s))
     with launch._device(query):
         latent_kernel[(splits * blocks, batch)](
             query, key, rotary_key, mask, span, launch._bytes(only), partial, top, mass,
@@ -452,13 +413,14 @@ def _dense(
             num_stages=BUFFERS + 1,
             **launch._dependent(query.device),
         )  # fmt: skip
-        merge_kernel[(triton.cdiv(rank, columns), heads, batch)](
-            partial, top, mass, launch._bytes(only), out, splits,
-            R=rank,
+        combine_kernel[(triton.cdiv(rank, columns), heads, batch)](
+            partial, top, mass, launch._bytes(only), None, out, splits,
+            DV=rank,
             HAS_ONLY=only is not None,
+            HAS_SINKS=False,
             BLOCK_S=block_s,
-            BLOCK_R=columns,
-            num_warps=MERGE_WARPS,
+            BLOCK_DV=columns,
+            num_warps=COMBINE_WARPS,
             **launch._dependent(query.device),
         )  # fmt: skip
 
