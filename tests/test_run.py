@@ -256,6 +256,23 @@ def test_answers_keep_lm_evals_order_and_one_batch_is_held_at_a_time(
             assert math.isclose(value, expected, abs_tol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--device", "cpu"], 16),
+        (["--device", "cuda:1"], 512),
+        (["--device", "cuda", "--batch-size", "3"], 3),
+    ],
+)
+def test_a_gpu_has_large_batches(
+    more: list[str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[run.Options] = []
+    monkeypatch.setattr(run, "run", lambda *arguments: asked.append(arguments[3]) or [])
+    run.main("run", ["--model", "DIR", "--suite", "smoke", "--out", str(tmp_path), *more])
+    assert asked[0].batch_size == expected
+
+
 def test_batches_hold_requests_of_one_kind_within_their_limits() -> None:
     requests = [
         *(Request(tuple(range(n)), 8) for n in (5, 30, 10, 20)),
