@@ -191,11 +191,13 @@ def load_documents(
         manager, folder = _manager(settings.task)
         is_ruler = folder == ruler.FOLDER
         _check(settings, is_ruler)
+        group: str | None
         if is_ruler:
             assert settings.length is not None
             count = settings.limit or ruler.MOST
             names = ruler.names(settings.task)
-            group = None if names == [settings.task] else settings.task
+            # Also of a task alone: what a suite picks of them is scored together, at every length.
+            group = ruler.FOLDER
             tasks = [
                 ruler.task(
                     name,
