@@ -537,6 +537,25 @@ def test_padding_batch_and_strides_change_no_bit(kernel: str) -> None:
     assert torch.equal(both[1:], alone)
 
 
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_rows_of_a_batch_are_those_computed_alone(kernel: str) -> None:
+    """Also where there are more splits than programs, and a program goes from row to row."""
+    query, key, value, keywords = case((5, 6, 2, 1500 if CUDA else 600, 64, 64, F16))
+    if CUDA:
+        query, key, value = (x.repeat(8, 1, 1, 1) for x in (query, key, value))
+    key[1, 1, 3] = torch.nan  # stays in its row
+    rows = len(query)
+    keywords["seed"] = torch.arange(rows, device=DEVICE)
+    keywords["position"] = 7 * torch.arange(rows, device=DEVICE)
+    together = run(kernel, query, key, value, **keywords)
+    for b in (0, 1, 2, 17, rows - 1) if CUDA else range(rows):
+        one = {name: keywords[name][b : b + 1] for name in ("seed", "position")}
+        row = slice(b, b + 1)
+        alone = run(kernel, query[row], key[row], value[row], **{**keywords, **one})
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=0, equal_nan=True)
+        assert alone.isfinite().all() == (b % 5 != 1)
+
+
 @pytest.mark.parametrize("layout", ["head room", "tokens first", "odd"])
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_layouts_of_a_cache_change_no_bit(kernel: str, layout: str) -> None:

@@ -168,9 +168,9 @@ def combine_kernel(
     DV: tl.constexpr,
     HAS_ONLY: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PDL: tl.constexpr,
-    BLOCK_S: tl.constexpr = 16,
 ):
     """Merge the splits of one head, always in the same order; grid (VALUE_BLOCKS, H, B)."""
     i_dv, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)

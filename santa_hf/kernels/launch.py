@@ -35,7 +35,7 @@ MIN_GROUP = 4  # rows that a group of query heads is padded to
 SCORE_WARPS = 8
 PART = 16  # keys of a tile that a draw passes at a time
 FEW_TILES, MANY_TILES = 64, 256  # tiles that pass 2 walks over at a time, by the length of the row
-MERGE_CHUNKS = 16
+MERGE_CHUNKS = 16  # partial sums of a head that are added at a time
 SPLIT_WAVES = 1  # programs a multiprocessor that the splits of one row aim at
 FLASH_WARPS = 8
 FLASH_GROUP = 16  # query heads of a program at most
@@ -333,15 +333,22 @@ def _flash(
     ahead = tile_bytes + 32 * 1024 <= _shared_memory(query.device)
     partial, top, mass = _partials(out, splits)
     scale, cap = _exponent_scale(scaling, softcap)
+    # Which program computes a split changes none of its bits.
+    streamed = mask is None and only is None
+    works = programs = batch * kv_heads * splits
+    if streamed:
+        at_once = _processors(query.device) * (1 if ahead else 2)
+        programs = min(works, max(1, at_once // (value_blocks * group_blocks)))
     with _device(query):
-        flash_kernel[(splits * value_blocks * group_blocks, kv_heads, batch)](
+        flash_kernel[(programs, value_blocks * group_blocks)](
             query, key, value, mask, span, _bytes(only), row_seed, _per_row(position, batch),
-            partial, top, mass, scale, cap, seed, layer, head_offset, samples, length,
+            partial, top, mass, scale, cap, seed, layer, head_offset, samples, length, works, splits,
             split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
             value.stride(0), value.stride(1), _mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
             STRIDE_VN=value.stride(2),
             STRIDE_MN=_mask_stride(mask, 1),
+            KVH=kv_heads,
             G=group,
             D=dim,
             DV=value_dim,
@@ -360,8 +367,8 @@ def _flash(
             BLOCK_G=block_g,
             BLOCK_D=block_d,
             BLOCK_DV=block_dv,
-            VALUE_BLOCKS=value_blocks,
             GROUP_BLOCKS=group_blocks,
+            STREAMED=streamed,
             num_warps=FLASH_WARPS if ahead else FLASH_WARPS // 2,
             num_stages=2 if ahead else 1,
             **_dependent(query.device),
@@ -472,9 +479,10 @@ def _sample_blocks(samples: int) -> dict[str, int]:
 
     One warp needs no barrier between its steps, which wait for each other.
     """
+    few = samples <= 128
     return {
-        "BLOCK_S": 16 if samples <= 128 else 32,
-        "BLOCK_C": MERGE_CHUNKS,
+        "BLOCK_S": 16 if few else 32,
+        "BLOCK_C": MERGE_CHUNKS // 2 if few else MERGE_CHUNKS,
         "BLOCK_T": MANY_TILES,
         "LOG2_BLOCK_T": MANY_TILES.bit_length() - 1,
         "FEW_TILES": FEW_TILES,
