@@ -230,3 +230,40 @@ def test_only_a_gpu_may_stop_late() -> None:
         assert not DeferredStopCheck.is_supported(cuda, None, False, is_assistant=True)
         assert not allowed(cpu)
     assert not allowed(cuda)
+
+
+class _Event:
+    """A torch.Event of a device that is never behind."""
+
+    def __init__(self, **_: object) -> None: ...
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_stopping_late_undoes_one_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens, and the cache that is returned, in which rows were cropped in place."""
+    model = tiny.use(tiny.shared(family, torch.float64), "santa", samples=8)
+    settings = {**PADDED, "max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True}
+    free = model.generate(**settings).sequences
+    for end in (None, free[:, 165].tolist()):
+        settings["eos_token_id"] = end
+        santa_hf.reset_stats(model)
+        waited = model.generate(**settings)
+        steps = santa_hf.stats(model).total.sampled
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "Event", _Event)
+            patch.setattr(DeferredStopCheck, "is_supported", staticmethod(lambda *_, **__: True))
+            santa_hf.reset_stats(model)
+            late = model.generate(**settings)
+        undone = tiny.LAYERS if end else 0
+        assert santa_hf.stats(model).total.sampled == steps + undone
+        assert torch.equal(late.sequences, waited.sequences)
+        assert (late.sequences.shape[1] < free.shape[1]) == bool(end)
+        for one, other in zip(
+            late.past_key_values.layers, waited.past_key_values.layers, strict=True
+        ):
+            assert torch.equal(one.keys, other.keys)
+            assert torch.equal(one.values, other.values)
