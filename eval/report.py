@@ -444,7 +444,7 @@ def _subtitle(header: Header) -> str:
 
 
 def _cards(evaluation: Evaluation, rows: Sequence[Comparison]) -> Iterable[str]:
-    """For each arm: on how many single tasks it has which verdict, and what it read."""
+    """For each arm: its groups of tasks, on how many single tasks it has which verdict, what it read."""
     for arm in evaluation.header.arms:
         mine = [row for row in rows if row.arm == arm and len(row.tasks) == 1]
         mine = mine or [row for row in rows if row.arm == arm]
@@ -452,6 +452,13 @@ def _cards(evaluation: Evaluation, rows: Sequence[Comparison]) -> Iterable[str]:
             continue
         verdicts = [row.verdict for row in mine]
         judged = len(verdicts) - verdicts.count("none")
+        groups = "".join(
+            f'<p class="{row.verdict}">{escape(row.task)}: <b class="pill">'
+            f"{row.verdict if row.reason is None else 'no verdict'}</b>, "
+            f"{escape(points(row.difference))}</p>"
+            for row in rows
+            if row.arm == arm and len(row.tasks) > 1
+        )
         worst = min(mine, key=lambda row: row.difference.value)
         counts = ", ".join(
             f'<span class="{v}"><b class="pill">{verdicts.count(v)} {v}</b></span>'
@@ -462,7 +469,7 @@ def _cards(evaluation: Evaluation, rows: Sequence[Comparison]) -> Iterable[str]:
         ends = dict.fromkeys(_share(f(shares)) for f in (min, max)) if shares else ["not counted"]
         read = " to ".join(ends)
         yield (
-            f'<div class="card"><b>{escape(arm)}</b><p>{counts or "no verdict"} '
+            f'<div class="card"><b>{escape(arm)}</b>{groups}<p>{counts or "no verdict"} '
             f"({judged} of {len(mine)} tasks judged)</p>"
             f"<p>lowest difference {100 * worst.difference.value:+.2f}, {escape(worst.task)}</p>"
             f"<p>value rows read: {read}</p></div>"

@@ -118,6 +118,20 @@ def test_every_comparison_is_in_page_and_markdown(evaluation: report.Evaluation)
     assert widths == heads
 
 
+def test_a_card_leads_with_the_group(evaluation: report.Evaluation) -> None:
+    cards = report.html([evaluation]).split('<div class="card">')[1:]
+    for arm, card in zip(ARMS, cards, strict=True):
+        lines = [re.sub("<[^>]*>", "", line) for line in card.split("</p>")]
+        assert lines[0].startswith(arm.name)
+        groups = [r for r in evaluation.comparisons if r.arm == arm.name and len(r.tasks) > 1]
+        assert len(groups) == 2
+        for row, line in zip(groups, lines, strict=False):
+            verdict = row.verdict if row.reason is None else "no verdict"
+            assert row.task in line
+            assert verdict in line
+            assert points(row.difference) in line
+
+
 def test_charts_hold_every_arm(evaluation: report.Evaluation) -> None:
     page = report.html([evaluation])
     figures = re.findall(r"<figure>(.*?)</figure>", page, flags=re.S)
