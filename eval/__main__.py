@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from . import __doc__ as description
@@ -24,8 +25,11 @@ def main() -> None:
     """Run the command named on the command line."""
     try:
         run_command("python -m eval", description, COMMANDS, sys.argv[1:])
+        sys.stdout.flush()
     except CommandError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

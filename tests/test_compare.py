@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +235,15 @@ def test_no_run_and_an_empty_run_are_named(tmp_path: Path) -> None:
     runs.save(tmp_path, runs.header(ARMS), [])
     with pytest.raises(CommandError, match="no result is finished"):
         main("compare", [str(tmp_path)])
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(run: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m eval compare {run} | true",
+        shell=True,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
