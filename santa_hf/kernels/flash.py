@@ -66,7 +66,7 @@ def _sum_of_rows(b_count, b_v, draws):
 
 @triton.jit(
     do_not_specialize=[
-        "seed", "layer", "head_offset", "samples", "N", "works", "splits", "split_tiles",
+        "seed", "layer", "head_offset", "samples", "N", "split_tiles",
         "stride_qb", "stride_qh", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_mb",
     ]
 )  # fmt: skip
@@ -89,8 +89,6 @@ def flash_kernel(
     head_offset: tl.int64,
     samples: tl.int32,
     N: tl.int32,
-    works: tl.int32,
-    splits: tl.int32,
     split_tiles: tl.int32,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
@@ -102,7 +100,6 @@ def flash_kernel(
     STRIDE_KN: tl.constexpr,
     STRIDE_VN: tl.constexpr,
     STRIDE_MN: tl.constexpr,
-    KVH: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -121,74 +118,71 @@ def flash_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    VALUE_BLOCKS: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
-    STREAMED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Splits of the keys, for some heads of a group; grid (programs, VALUE_BLOCKS * GROUP_BLOCKS).
-
-    A work is one split of one row and KV head, split fastest. If STREAMED (no mask, all rows), a
-    program takes every so many works, and reads ahead from one to the next; else it has one.
-    """
-    i_program, programs = tl.program_id(0), tl.num_programs(0)
-    i_dv, i_group = tl.program_id(1) // GROUP_BLOCKS, tl.program_id(1) % GROUP_BLOCKS
+    """One split of the keys for some heads of a group; grid (splits * VALUE_BLOCKS * GROUP_BLOCKS,
+    KVH, B)."""
+    i_split = tl.program_id(0) // (VALUE_BLOCKS * GROUP_BLOCKS)
+    i_dv = tl.program_id(0) // GROUP_BLOCKS % VALUE_BLOCKS
+    i_kv, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    splits = tl.num_programs(0) // (VALUE_BLOCKS * GROUP_BLOCKS)
     o_t, o_d = tl.arange(0, TILE), tl.arange(0, BLOCK_D)
-    o_g = i_group * BLOCK_G + tl.arange(0, BLOCK_G)
+    o_g = tl.program_id(0) % GROUP_BLOCKS * BLOCK_G + tl.arange(0, BLOCK_G)
     o_dv = i_dv * BLOCK_DV + tl.arange(0, BLOCK_DV)
     in_g = o_g < G
-    o_query = tl.multiple_of(o_g * stride_qh, ALIGN_Q)[:, None] + o_d[None, :]
-    o_key = o_t[:, None] * STRIDE_KN + o_d[None, :]
-    o_value = o_t[:, None] * STRIDE_VN + o_dv[None, :]
+    i_head = i_b * (tl.num_programs(1) * G) + i_kv * G
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
+    if HAS_ONLY:
+        if tl.load(p_only + i_b) == 0:
+            return
     first = 0 * N
     last = N - 1
-    i_work = i_program
-    if STREAMED:
-        steps = (works - i_program + programs - 1) // programs * split_tiles
-    else:
-        i_b = (i_work // splits // KVH).to(tl.int64)
-        if HAS_ONLY:
-            if tl.load(p_only + i_b) == 0:
-                return
-        if HAS_MASK:
-            p_mask += i_b * stride_mb
-            first = tl.load(p_span + 2 * i_b)
-            last = tl.load(p_span + 2 * i_b + 1)
-        # A split without a key still leaves its maximum and mass.
-        steps = (last - first) // TILE + 1 - i_work % splits * split_tiles
-        steps = tl.maximum(tl.minimum(steps, split_tiles), 1)
+    if HAS_MASK:
+        p_mask += i_b * stride_mb
+        first = tl.load(p_span + 2 * i_b)
+        last = tl.load(p_span + 2 * i_b + 1)
+    if HAS_SEED:
+        seed = tl.load(p_seed + i_b)
+    position = last.to(tl.int64)
+    if HAS_POSITION:
+        position = tl.load(p_position + i_b)
     # ceil(samples / tiles), with the tiles from the first to the last visible key.
     tiles = tl.maximum((last - first) // TILE + 1, 1)
     draws = (samples + tiles - 1) // tiles
+    head = head_offset + i_kv * G + o_g
+
+    p_query += tl.multiple_of(i_b * stride_qb + i_kv * G * stride_qh, ALIGN_Q)
+    o_query = tl.multiple_of(o_g * stride_qh, ALIGN_Q)[:, None] + o_d[None, :]
+    p_key += tl.multiple_of(i_b * stride_kb + i_kv * stride_kh, ALIGN_K)
+    p_value += tl.multiple_of(i_b * stride_vb + i_kv * stride_vh, ALIGN_V)
+    o_key = o_t[:, None] * STRIDE_KN + o_d[None, :]
+    o_value = o_t[:, None] * STRIDE_VN + o_dv[None, :]
+
+    if D <= BLOCK_D:
+        b_q = tl.load(p_query + o_query, mask=in_g[:, None] & (o_d < D)[None, :], other=0.0)
 
     b_out = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
     b_top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     b_mass = tl.zeros([BLOCK_G], tl.float32)
-    for i in tl.range(0, steps):
-        step = i
-        if STREAMED:
-            i_work = i_program + i // split_tiles * programs
-            step = i % split_tiles
-        i_row, i_split = i_work // splits, i_work % splits
-        i_b, i_kv = (i_row // KVH).to(tl.int64), i_row % KVH
-        i_tile = i_split * split_tiles + step
+    tile_start = i_split * split_tiles
+    tile_stop = min(tile_start + split_tiles, (N - first + TILE - 1) // TILE)
+    for i_tile in tl.range(tile_start, tile_stop):
         start = first + i_tile * TILE
         visible = o_t < N - start
         if HAS_MASK:
             o_mask = (start + o_t).to(tl.int64) * STRIDE_MN
             visible = visible & (tl.load(p_mask + o_mask, mask=visible, other=0) != 0)
-        offset_q = tl.multiple_of(i_b * stride_qb + i_kv * G * stride_qh, ALIGN_Q)
-        offset_k = tl.multiple_of(i_b * stride_kb + i_kv * stride_kh, ALIGN_K)
-        p_tile = p_key + offset_k + start.to(tl.int64) * STRIDE_KN
+        p_tile = p_key + start.to(tl.int64) * STRIDE_KN
         b_dot = tl.zeros([BLOCK_G, TILE], tl.float32)
         for d in tl.static_range(0, D, BLOCK_D):
             in_d = d + o_d < D
-            b_q = tl.load(
-                p_query + offset_q + o_query + d, mask=in_g[:, None] & in_d[None, :], other=0.0
-            )
+            if D > BLOCK_D:
+                b_q = tl.load(p_query + o_query + d, mask=in_g[:, None] & in_d[None, :], other=0.0)
             if D % BLOCK_D == 0:
                 b_seen = visible[:, None]
             else:
@@ -203,12 +197,6 @@ def flash_kernel(
         b_prefix = tl.cumsum(b_weight, axis=1)
         b_whole = tl.sum(b_weight, axis=1)
         b_before = b_prefix - b_weight
-        position = last.to(tl.int64)
-        if HAS_POSITION:
-            position = tl.load(p_position + i_b)
-        if HAS_SEED:
-            seed = tl.load(p_seed + i_b)
-        head = head_offset + i_kv * G + o_g
         if ESTIMATOR == "systematic":
             b_offset = uniform(seed, layer, head, position, 0 * o_g + i_tile, FIXED_TILE)
             b_rate, b_shift, b_add, fine = _steps(draws, b_whole, b_offset)
@@ -230,27 +218,21 @@ def flash_kernel(
             b_rows = b_read[:, None]
         else:
             b_rows = b_read[:, None] & (o_dv < DV)[None, :]
-        offset_v = tl.multiple_of(i_b * stride_vb + i_kv * stride_vh, ALIGN_V)
-        p_rows = p_value + offset_v + start.to(tl.int64) * STRIDE_VN
+        p_rows = p_value + start.to(tl.int64) * STRIDE_VN
         b_v = tl.load(p_rows + o_value, mask=b_rows, other=0.0, eviction_policy="evict_first")
         b_drawn = _sum_of_rows(b_count, b_v, draws)
 
-        b_top = tl.where(step == 0, float("-inf"), b_top)
         b_new = tl.maximum(b_top, b_tile_top)
         b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_rescale = tl.exp2(b_top - b_level)
         b_gain = tl.exp2(b_tile_top - b_level) * (b_whole.to(tl.float32) * 1.1920928955078125e-07)
-        b_out = tl.where(step == 0, 0.0, b_out * b_rescale[:, None])
-        b_out += b_drawn * (b_gain / draws)[:, None]
-        b_mass = tl.where(step == 0, 0.0, b_mass * b_rescale) + b_gain
+        b_out = b_out * b_rescale[:, None] + b_drawn * (b_gain / draws)[:, None]
+        b_mass = b_mass * b_rescale + b_gain
         b_top = b_new
-        ends = i == steps - 1
-        if STREAMED:
-            ends = step == split_tiles - 1
-        if ends:
-            o_split = (i_row.to(tl.int64) * G + o_g) * splits + i_split
-            in_out = in_g[:, None] & (o_dv < DV)[None, :]
-            tl.store(p_partial + o_split[:, None] * DV + o_dv[None, :], b_out, mask=in_out)
-            if i_dv == 0:
-                tl.store(p_top + o_split, b_top, mask=in_g)
-                tl.store(p_mass + o_split, b_mass, mask=in_g)
+
+    o_split = (i_head + o_g) * splits + i_split
+    in_out = in_g[:, None] & (o_dv < DV)[None, :]
+    tl.store(p_partial + o_split[:, None] * DV + o_dv[None, :], b_out, mask=in_out)
+    if i_dv == 0:
+        tl.store(p_top + o_split, b_top, mask=in_g)
+        tl.store(p_mass + o_split, b_mass, mask=in_g)

@@ -37,7 +37,7 @@ PART = 16  # keys of a tile that a draw passes at a time
 FEW_TILES, MANY_TILES = 64, 256  # tiles that pass 2 walks over at a time, by the length of the row
 MERGE_CHUNKS = 16  # partial sums of a head that are added at a time
 SPLIT_WAVES = 1  # programs a multiprocessor that the splits of one row aim at
-FLASH_WARPS = 8
+FLASH_WARPS = 4
 FLASH_GROUP = 16  # query heads of a program at most
 DENSE_TILE = 128
 DENSE_STAGES = 2
@@ -328,27 +328,17 @@ def _flash(
         length, FIXED_TILE, kv_heads * value_blocks * group_blocks, query.device
     )
     splits = _ceil_div(_ceil_div(length, FIXED_TILE), split_tiles)
-    tile_bytes = FIXED_TILE * (_ceil_div(dim, block_d) * block_d + block_dv) * query.element_size()
-    # The next tile of K is read ahead where it fits beside the rows of V and the counts.
-    ahead = tile_bytes + 32 * 1024 <= _shared_memory(query.device)
     partial, top, mass = _partials(out, splits)
     scale, cap = _exponent_scale(scaling, softcap)
-    # Which program computes a split changes none of its bits.
-    streamed = mask is None and only is None
-    works = programs = batch * kv_heads * splits
-    if streamed:
-        at_once = _processors(query.device) * (1 if ahead else 2)
-        programs = min(works, max(1, at_once // (value_blocks * group_blocks)))
     with _device(query):
-        flash_kernel[(programs, value_blocks * group_blocks)](
+        flash_kernel[(splits * value_blocks * group_blocks, kv_heads, batch)](
             query, key, value, mask, span, _bytes(only), row_seed, _per_row(position, batch),
-            partial, top, mass, scale, cap, seed, layer, head_offset, samples, length, works, splits,
+            partial, top, mass, scale, cap, seed, layer, head_offset, samples, length,
             split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
             value.stride(0), value.stride(1), _mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
             STRIDE_VN=value.stride(2),
             STRIDE_MN=_mask_stride(mask, 1),
-            KVH=kv_heads,
             G=group,
             D=dim,
             DV=value_dim,
@@ -367,10 +357,10 @@ def _flash(
             BLOCK_G=block_g,
             BLOCK_D=block_d,
             BLOCK_DV=block_dv,
+            VALUE_BLOCKS=value_blocks,
             GROUP_BLOCKS=group_blocks,
-            STREAMED=streamed,
-            num_warps=FLASH_WARPS if ahead else FLASH_WARPS // 2,
-            num_stages=2 if ahead else 1,
+            num_warps=FLASH_WARPS,
+            num_stages=1,
             **_dependent(query.device),
         )  # fmt: skip
     _combine(partial, top, mass, out, splits, sinks, only)
