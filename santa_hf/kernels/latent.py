@@ -10,8 +10,8 @@ absorbed into the query and the output, a latent is its own value:
 `scores_kernel` leaves, and pass 2 draws rows of c as it draws rows of V.
 """
 
-# ruff: noqa: N803, SIM102 (constants of a kernel are capitals, and a condition on one stands alone, so
-# that the other side is not compiled)
+# ruff: noqa: N803, SIM102, SIM108 (constants of a kernel are capitals, and a condition on one stands
+# alone, so that the other side is not compiled; Triton has no conditional expression over two shapes)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from functools import cache
@@ -23,7 +23,6 @@ import triton.language as tl
 from ..reference import TILE
 from . import launch
 from .common import LOG2E, log2_weights, weight_units
-from .dense import combine_kernel
 
 __all__ = ["dense", "prop", "scores", "why_not"]
 
@@ -34,8 +33,7 @@ MAX_ROTARY = 128
 # Measured on an H100, see eval/bench/results/mla.md. None of them changes a draw.
 HEAD_BLOCK = 64  # heads of a program: 128 of them times a rank of 512 fill the whole register file
 TILE_KEYS, WARPS, BUFFERS = 64, 8, 2  # BUFFERS: tiles in shared memory at a time
-# Of the splits' outputs, all splits at once: elements of a program, columns at least.
-COMBINE_ELEMENTS, COMBINE_COLUMNS, COMBINE_WARPS = 4096, 32, 4
+MERGE_ELEMENTS, MERGE_COLUMNS, MERGE_WARPS = 4096, 32, 4  # of the splits' outputs, in a program
 SCORE_COLUMNS, SCORE_WARPS, SCORE_STAGES = 64, 8, 3
 
 
@@ -74,7 +72,6 @@ def latent_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    SHORT: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -82,7 +79,7 @@ def latent_kernel(
 
     A split is a share of the keys between the row's first and last visible one. Blocks of heads are
     neighbours in the grid, so that they find a latent in L2 together. STAGES is for Hopper and 64 heads,
-    whose products read shared memory, else None; SHORT says that N < BLOCK_N.
+    whose products read shared memory, else None.
     """
     HEAD_BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     i_split, i_block = tl.program_id(0) // HEAD_BLOCKS, tl.program_id(0) % HEAD_BLOCKS
@@ -123,29 +120,25 @@ def latent_kernel(
     b_mass = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)  # summed at the end: warps share a row's keys
     for i_tile in tl.range(0, (stop - start + BLOCK_N - 1) // BLOCK_N, num_stages=STAGES):
         n = start + i_tile * BLOCK_N
-        # A tile that would end beyond N is moved back, and what it sees again is hidden: loads without a
-        # mask take half the instructions.
-        first = n if SHORT else min(n, N - BLOCK_N)
-        visible = (first + o_n >= n) & (first + o_n < stop)
+        in_n = o_n < stop - n
+        visible = in_n
         if HAS_MASK:
-            o_mask = (first + o_n).to(tl.int64) * STRIDE_MN
-            visible = visible & (tl.load(p_mask + o_mask, mask=visible, other=0) != 0)
+            o_mask = (n + o_n).to(tl.int64) * STRIDE_MN
+            visible = in_n & (tl.load(p_mask + o_mask, mask=in_n, other=0) != 0)
         # Rows hidden between visible ones are read all the same: loads that wait for the mask would not
         # be prefetched. As in SDPA, a NaN there is multiplied by zero.
-        p_tile = p_latent + first.to(tl.int64) * STRIDE_CN + o_latent
-        if SHORT:
-            b_c = tl.load(p_tile, mask=(o_n < N)[:, None] & in_r[None, :], other=0.0)
-        elif R == BLOCK_R:
-            b_c = tl.load(p_tile)
+        if R == BLOCK_R:
+            b_rows = in_n[:, None]
         else:
-            b_c = tl.load(p_tile, mask=in_r[None, :], other=0.0)
-        p_tile = p_rotary + first.to(tl.int64) * STRIDE_EN + o_rotary
-        if SHORT:
-            b_k_rot = tl.load(p_tile, mask=(o_n < N)[:, None] & in_e[None, :], other=0.0)
-        elif E == BLOCK_E:
-            b_k_rot = tl.load(p_tile)
+            b_rows = in_n[:, None] & in_r[None, :]
+        p_tile = p_latent + n.to(tl.int64) * STRIDE_CN
+        b_c = tl.load(p_tile + o_latent, mask=b_rows, other=0.0)
+        if E == BLOCK_E:
+            b_rows = in_n[:, None]
         else:
-            b_k_rot = tl.load(p_tile, mask=in_e[None, :], other=0.0)
+            b_rows = in_n[:, None] & in_e[None, :]
+        p_tile = p_rotary + n.to(tl.int64) * STRIDE_EN
+        b_k_rot = tl.load(p_tile + o_rotary, mask=b_rows, other=0.0)
         if n < stop:
             # Always so, which the compiler does not know. It gives a product that feeds another whole
             # rows of heads in every warp, and warps beyond the rows would repeat each other's work;
@@ -153,7 +146,7 @@ def latent_kernel(
             # or they would be chained into one.
             b_dot = tl.dot(b_q_rot, tl.trans(b_k_rot)) * scale
             b_dot += tl.dot(b_q, tl.trans(b_c)) * scale
-            b_s = tl.where(visible[None, :], b_dot, float("-inf"))  # [BLOCK_H, BLOCK_N]
+            b_s = log2_weights(b_dot, visible[None, :], 1.0, 0.0, False)  # [BLOCK_H, BLOCK_N]
             b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
             b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_rescale = tl.exp2(b_top - b_level)
@@ -180,6 +173,47 @@ def latent_kernel(
     )
     tl.store(p_top + o_split, b_top, mask=in_h)
     tl.store(p_mass + o_split, tl.sum(b_mass, axis=1), mask=in_h)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_kernel(
+    p_partial,  # (B, H, splits, R) float32
+    p_top,  # (B, H, splits) float32
+    p_mass,  # (B, H, splits) float32
+    p_only,  # (B,) uint8, zero for rows that are left alone
+    p_out,  # (B, H, 1, R)
+    splits: tl.int32,
+    R: tl.constexpr,
+    HAS_ONLY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Merge the splits of one head, all of them at once; grid (blocks of columns, H, B)."""
+    i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_row = i_b * tl.num_programs(1) + i_h
+    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_s = tl.arange(0, BLOCK_S)
+    in_s = o_s < splits
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if HAS_ONLY:
+        if tl.load(p_only + i_b) == 0:
+            return
+    o_split = i_row * splits + o_s
+    b_part = tl.load(
+        p_partial + o_split[:, None] * R + o_r[None, :],
+        mask=in_s[:, None] & (o_r < R)[None, :],
+        other=0.0,
+    )
+    b_top = tl.load(p_top + o_split, mask=in_s, other=float("-inf"))
+    b_mass = tl.load(p_mass + o_split, mask=in_s, other=0.0)
+    top = tl.max(b_top, axis=0)
+    b_scale = tl.exp2(b_top - tl.where(top == float("-inf"), 0.0, top))
+    mass = tl.sum(b_mass * b_scale, axis=0)
+    b_out = tl.sum(b_part * b_scale[:, None], axis=0)
+    b_out = tl.where(mass == 0.0, 0.0, b_out / mass)
+    tl.store(p_out + i_row * R + o_r, b_out.to(p_out.dtype.element_ty), mask=o_r < R)
 
 
 @triton.jit(
@@ -385,7 +419,7 @@ def _dense(
     splits = min(most, triton.cdiv(length, block_n))
     partial, top, mass = launch._partials(out, splits)
     block_s = triton.next_power_of_2(most)  # of `most`, lest a growing cache compile again
-    columns = min(block_r, max(COMBINE_COLUMNS, COMBINE_ELEMENTS // block_s))
+    columns = min(block_r, max(MERGE_COLUMNS, MERGE_ELEMENTS // block_s))
     with launch._device(query):
         latent_kernel[(splits * blocks, batch)](
             query, key, rotary_key, mask, span, launch._bytes(only), partial, top, mass,
@@ -407,20 +441,18 @@ def _dense(
             BLOCK_N=block_n,
             BLOCK_R=block_r,
             BLOCK_E=block_e,
-            SHORT=length < block_n,
             STAGES=BUFFERS if block_h == HEAD_BLOCK else None,
             num_warps=WARPS,
             num_stages=BUFFERS + 1,
             **launch._dependent(query.device),
         )  # fmt: skip
-        combine_kernel[(triton.cdiv(rank, columns), heads, batch)](
-            partial, top, mass, launch._bytes(only), None, out, splits,
-            DV=rank,
+        merge_kernel[(triton.cdiv(rank, columns), heads, batch)](
+            partial, top, mass, launch._bytes(only), out, splits,
+            R=rank,
             HAS_ONLY=only is not None,
-            HAS_SINKS=False,
             BLOCK_S=block_s,
-            BLOCK_DV=columns,
-            num_warps=COMBINE_WARPS,
+            BLOCK_R=columns,
+            num_warps=MERGE_WARPS,
             **launch._dependent(query.device),
         )  # fmt: skip
 
