@@ -42,7 +42,7 @@ FLASH_GROUP = 16  # query heads of a program at most
 DENSE_TILE = 128
 DENSE_STAGES = 2
 DENSE_WARPS = 8
-COMBINE_SPLITS = 32
+COMBINE_SPLITS, COMBINE_COLUMNS = 128, 32
 COMBINE_WARPS = 4
 
 
@@ -384,7 +384,7 @@ def _combine(
     only: torch.Tensor | None,
 ) -> None:
     batch, heads, _, value_dim = out.shape
-    block_dv = min(triton.next_power_of_2(value_dim), 256)
+    block_dv = min(triton.next_power_of_2(value_dim), COMBINE_COLUMNS)
     with _device(out):
         combine_kernel[(_ceil_div(value_dim, block_dv), heads, batch)](
             partial, top, mass, _bytes(only), _contiguous(sinks), out, splits,
