@@ -201,7 +201,7 @@ def _needles(source: Source, room: int) -> tuple[str, list[_Question]]:
     rng = source.random
     ruler = _ruler()["prepare_niah"]
     haystack = rng.choice(("repeat", "essay", "essay", "needle", "needle"))
-    uuids = rng.random() < 0.3
+    uuids = rng.random() < (0.5 if haystack == "needle" else 0.3)
     plural = "uuids" if uuids else "numbers"
     # RULER's variants with several values, or several keys in one question, are in prose.
     values_per_key, keys_per_question = (
