@@ -6,7 +6,15 @@
 import triton
 import triton.language as tl
 
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def row_offsets(o_row, STRIDE: tl.constexpr):
+    """Offsets of the rows of a tile, in int64 where int32 does not hold them."""
+    if o_row.shape[0] * STRIDE >= 2147483648:
+        o_row = o_row.to(tl.int64)
+    return o_row * STRIDE
 
 
 @triton.jit

@@ -11,7 +11,7 @@ The keys are split: a program walks its tiles with a running maximum and leaves 
 import triton
 import triton.language as tl
 
-from .common import log2_weights
+from .common import LOG2E, log2_weights, row_offsets
 
 
 @triton.jit(
@@ -86,16 +86,19 @@ def dense_kernel(
     o_query = tl.multiple_of(o_g * stride_qh, ALIGN_Q)[:, None] + o_d[None, :]
     p_key += tl.multiple_of(i_b * stride_kb + i_kv * stride_kh, ALIGN_K)
     p_value += tl.multiple_of(i_b * stride_vb + i_kv * stride_vh, ALIGN_V)
-    o_key = o_t[:, None] * STRIDE_KN + o_d[None, :]
-    o_value = o_t[:, None] * STRIDE_VN + o_dv[None, :]
+    o_key = row_offsets(o_t, STRIDE_KN)[:, None] + o_d[None, :]
+    o_value = row_offsets(o_t, STRIDE_VN)[:, None] + o_dv[None, :]
     if D <= BLOCK_D:
         b_q = tl.load(p_query + o_query, mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0)
 
     b_out = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
     b_top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     b_mass = tl.zeros([BLOCK_G], tl.float32)
+    tiles = (stop - first + TILE - 1) // TILE
+    if HAS_MASK:  # empty slots of a cache are nobody's work
+        split_tiles = tl.maximum((tiles + splits - 1) // splits, 1)
     tile_start = i_split * split_tiles
-    tile_stop = min(tile_start + split_tiles, (stop - first + TILE - 1) // TILE)
+    tile_stop = min(tile_start + split_tiles, tiles)
     for i_tile in tl.range(tile_start, tile_stop):
         start = first + i_tile * TILE
         # K and V are loaded whether visible or not: a load that waits for the mask is not pipelined
@@ -189,7 +192,7 @@ def combine_kernel(
     top = tl.full([], float("-inf"), tl.float32)
     mass = tl.zeros([], tl.float32)
     if HAS_SINKS:
-        top = tl.load(p_sinks + i_h).to(tl.float32) * 1.4426950408889634
+        top = tl.load(p_sinks + i_h).to(tl.float32) * LOG2E
         mass = tl.where(top == float("-inf"), 0.0, mass + 1.0)
     b_out = tl.zeros([BLOCK_DV], tl.float32)
     for s in range(0, splits, BLOCK_S):

@@ -18,7 +18,7 @@ product with the counts. That product waits for its rows, and the next tile of K
 import triton
 import triton.language as tl
 
-from .common import log2_weights, uniform, weight_units
+from .common import log2_weights, row_offsets, uniform, weight_units
 
 
 @triton.jit
@@ -160,8 +160,8 @@ def flash_kernel(
     o_query = tl.multiple_of(o_g * stride_qh, ALIGN_Q)[:, None] + o_d[None, :]
     p_key += tl.multiple_of(i_b * stride_kb + i_kv * stride_kh, ALIGN_K)
     p_value += tl.multiple_of(i_b * stride_vb + i_kv * stride_vh, ALIGN_V)
-    o_key = o_t[:, None] * STRIDE_KN + o_d[None, :]
-    o_value = o_t[:, None] * STRIDE_VN + o_dv[None, :]
+    o_key = row_offsets(o_t, STRIDE_KN)[:, None] + o_d[None, :]
+    o_value = row_offsets(o_t, STRIDE_VN)[:, None] + o_dv[None, :]
 
     if D <= BLOCK_D:
         b_q = tl.load(p_query + o_query, mask=in_g[:, None] & (o_d < D)[None, :], other=0.0)
@@ -169,8 +169,10 @@ def flash_kernel(
     b_out = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
     b_top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     b_mass = tl.zeros([BLOCK_G], tl.float32)
+    if HAS_MASK:  # empty slots of a cache are nobody's work
+        split_tiles = (tiles + splits - 1) // splits
     tile_start = i_split * split_tiles
-    tile_stop = min(tile_start + split_tiles, (N - first + TILE - 1) // TILE)
+    tile_stop = min(tile_start + split_tiles, tiles)
     for i_tile in tl.range(tile_start, tile_stop):
         start = first + i_tile * TILE
         visible = o_t < N - start

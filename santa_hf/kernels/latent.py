@@ -22,7 +22,7 @@ import triton.language as tl
 
 from ..reference import TILE
 from . import launch
-from .common import LOG2E, log2_weights, weight_units
+from .common import LOG2E, log2_weights, row_offsets, weight_units
 
 __all__ = ["dense", "prop", "scores", "why_not"]
 
@@ -112,8 +112,8 @@ def latent_kernel(
     )
     p_latent += tl.multiple_of(i_b * stride_cb, ALIGN_C)
     p_rotary += tl.multiple_of(i_b * stride_eb, ALIGN_E)
-    o_latent = o_n[:, None] * STRIDE_CN + o_r[None, :]
-    o_rotary = o_n[:, None] * STRIDE_EN + o_e[None, :]
+    o_latent = row_offsets(o_n, STRIDE_CN)[:, None] + o_r[None, :]
+    o_rotary = row_offsets(o_n, STRIDE_EN)[:, None] + o_e[None, :]
 
     b_out = tl.zeros([BLOCK_H, BLOCK_R], tl.float32)
     b_top = tl.full([BLOCK_H], float("-inf"), tl.float32)
@@ -284,8 +284,8 @@ def latent_scores_kernel(
     o_query = tl.multiple_of(o_h * stride_qh, ALIGN_Q)[:, None] + o_d[None, :]
     p_latent += tl.multiple_of(i_b * stride_cb, ALIGN_C) + start.to(tl.int64) * STRIDE_CN
     p_rotary += tl.multiple_of(i_b * stride_eb, ALIGN_E) + start.to(tl.int64) * STRIDE_EN
-    o_latent = o_t[:, None] * STRIDE_CN + o_d[None, :]
-    o_rotary = o_t[:, None] * STRIDE_EN + o_d[None, :]
+    o_latent = row_offsets(o_t, STRIDE_CN)[:, None] + o_d[None, :]
+    o_rotary = row_offsets(o_t, STRIDE_EN)[:, None] + o_d[None, :]
     b_dot = tl.zeros([TILE, BLOCK_H], tl.float32)
     for d in tl.range(0, R, BLOCK_D):
         in_d = (d + o_d < R)[None, :]
@@ -423,7 +423,7 @@ def _dense(
     with launch._device(query):
         latent_kernel[(splits * blocks, batch)](
             query, key, rotary_key, mask, span, launch._bytes(only), partial, top, mass,
-            scaling * LOG2E, length,
+            scaling * LOG2E.value, length,
             query.stride(0), query.stride(1), key.stride(0), rotary_key.stride(0),
             launch._mask_stride(mask, 0),
             STRIDE_CN=key.stride(2),
@@ -485,7 +485,7 @@ def scores(
     with launch._device(query):
         latent_scores_kernel[(n_tiles, batch)](
             query, key, rotary_key, mask, span, launch._bytes(exact), stash, top, total, done,
-            scaling * LOG2E, length,
+            scaling * LOG2E.value, length,
             query.stride(0), query.stride(1), key.stride(0), rotary_key.stride(0),
             launch._mask_stride(mask, 0),
             STRIDE_CN=key.stride(2),

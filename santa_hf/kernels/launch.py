@@ -24,8 +24,8 @@ from .scores import scores_kernel
 
 __all__ = ["fused", "prop", "sample", "scores", "why_not"]
 
-# The integer prefix of pass 2 holds N * 2**40 in an int64.
-MAX_LENGTH = 2**23 - 1
+# The integer prefix of pass 2 holds (N + 1) * 2**40, a sink included, in an int64.
+MAX_LENGTH = 2**23 - 2
 MAX_DIM = 1024
 MAX_GROUP = 128
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,6 +52,8 @@ def why_not(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str 
         return f"Triton kernels need a CUDA device, and query is on {query.device}"
     if query.device.type != "cuda" and query.dtype == torch.bfloat16:
         return "Triton's interpreter does not multiply bfloat16"
+    if query.is_cuda and not _supported(query.device):
+        return "Triton kernels need an NVIDIA GPU of compute capability 8.0 or newer"
     if query.dtype == torch.float64:
         return "Triton kernels compute in float32, and query is float64"
     if max(query.shape[-1], value.shape[-1]) > MAX_DIM:
@@ -412,11 +414,15 @@ def _one_pass_blocks(query: torch.Tensor, value_dim: int, block_g: int) -> tuple
 
 
 def _split_tiles(length: int, tile: int, programs: int, device: torch.device) -> int:
-    """Tiles of a split: a power of two that depends on the bucket of N, the layer's shape and the
-    GPU, never on the batch, so that a row is computed alike alone and in a batch."""
-    tiles = triton.next_power_of_2(_ceil_div(length, tile))
-    wanted = triton.next_power_of_2(_ceil_div(SPLIT_WAVES * _processors(device), programs))
-    return max(1, tiles // wanted)
+    """Tiles of a split: by N, the layer's shape and the GPU, never by the batch, so that a row is
+    computed alike alone and in a batch."""
+    splits = triton.next_power_of_2(_ceil_div(SPLIT_WAVES * _processors(device), programs))
+    return _ceil_div(_ceil_div(length, tile), splits)
+
+
+@cache
+def _supported(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
@@ -501,8 +507,8 @@ def _alignment(tensor: torch.Tensor) -> int:
 def _exponent_scale(scaling: float, softcap: float | None) -> tuple[float, float]:
     """Scale and cap of base-2 scores, see `log2_weights`."""
     if softcap is None:
-        return scaling * LOG2E, 0.0
-    return scaling / softcap, softcap * LOG2E
+        return scaling * LOG2E.value, 0.0
+    return scaling / softcap, softcap * LOG2E.value
 
 
 def _visible(

@@ -13,7 +13,7 @@ comparing its point with that prefix, and its row by an exact integer prefix ins
 import triton
 import triton.language as tl
 
-from .common import points_below, uniform, weight_units
+from .common import LOG2E, points_below, uniform, weight_units
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def _search(
         b_peak = tl.maximum(b_peak, b_more)
     peak = tl.max(b_peak, axis=0)
     if HAS_SINKS:
-        sink = tl.load(p_sinks + i_h).to(tl.float32) * 1.4426950408889634
+        sink = tl.load(p_sinks + i_h).to(tl.float32) * LOG2E
         sink = tl.where(sink == sink, sink, float("inf"))
         peak = tl.maximum(peak, sink)
     level = tl.where(peak == float("-inf"), 0.0, peak)

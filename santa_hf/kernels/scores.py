@@ -17,7 +17,7 @@ result is bitwise the same alone and in any batch.
 import triton
 import triton.language as tl
 
-from .common import log2_weights, weight_units
+from .common import log2_weights, row_offsets, weight_units
 
 
 @triton.jit(
@@ -89,7 +89,7 @@ def scores_kernel(
     o_query = tl.multiple_of(o_g * stride_qh, ALIGN_Q)[:, None] + o_d[None, :]
     p_key += tl.multiple_of(i_b * stride_kb + i_kv * stride_kh, ALIGN)
     p_key += start.to(tl.int64) * STRIDE_KN
-    o_key = o_t[:, None] * STRIDE_KN + o_d[None, :]
+    o_key = row_offsets(o_t, STRIDE_KN)[:, None] + o_d[None, :]
     # Keys are the left operand: a group of 4 heads then pads to the 8 columns of a tensor core
     # instruction, not to its 16 rows.
     b_dot = tl.zeros([TILE, BLOCK_G], tl.float32)
