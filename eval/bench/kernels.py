@@ -77,6 +77,7 @@ class Row:
     torch: str
     triton: str
     cudnn: str
+    flashinfer: str
     commit: str
     model: str
     heads: int
@@ -257,6 +258,7 @@ def _implementations(
     visible = torch.ones(shape.batch, 1, 1, shape.context, dtype=torch.bool, device="cuda")
     masked = santa(SAMPLES[0], "prop", "systematic", visible)
     yield "ours", "prop systematic (mask)", SAMPLES[0], masked
+    yield "ours", "dense (mask)", None, santa(1, "prop", "dense", visible)
     yield "ours", "prop stratified", SAMPLES[0], santa(SAMPLES[0], "prop", "stratified")
     yield "ours", "prop multinomial", SAMPLES[0], santa(SAMPLES[0], "prop", "multinomial")
     if shape.context >= 32768:
@@ -301,6 +303,8 @@ def measure(shape: Shape, scores: str, dtype: torch.dtype, replays: int, commit:
             continue
         value_rows = 0 if kind == "floor" else _value_rows(inputs[0], name, samples)
         size = (key_rows + value_rows) * row_bytes
+        if name.startswith("prop"):  # writes a 16-bit weight for every key and query head
+            size += 2 * shape.batch * shape.heads * shape.context
         p20, p50, p80 = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
         rows.append(
             Row(
@@ -308,6 +312,7 @@ def measure(shape: Shape, scores: str, dtype: torch.dtype, replays: int, commit:
                 torch=torch.__version__,
                 triton=triton.__version__,
                 cudnn=str(torch.backends.cudnn.version()),
+                flashinfer=provenance.versions(("flashinfer-python",)).get("flashinfer-python", ""),
                 commit=commit,
                 **asdict(shape),
                 dtype=str(dtype).removeprefix("torch."),
