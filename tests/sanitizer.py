@@ -1,0 +1,55 @@
+"""Every kernel once on small, awkward shapes, for compute-sanitizer:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitizer.py
+    compute-sanitizer --tool racecheck python tests/sanitizer.py
+
+Without PyTorch's caching, each tensor is an allocation of its own, so that an access behind its
+end is seen. No test of pytest's: it needs a GPU and the tool.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from santa_hf import santa_decode
+
+
+def main() -> None:
+    """Run all kernels; a wrong access ends the tool with an error."""
+    calls = 0
+    torch.manual_seed(0)
+    kernels = [("dense", "auto", 1), ("systematic", "flash", 60)]
+    kernels += [(name, "prop", 50) for name in ("systematic", "stratified", "multinomial")]
+    for dtype, length, masked in itertools.product(
+        (torch.bfloat16, torch.float16), (1, 129, 700), (False, True)
+    ):
+        batch, heads, kv_heads = 2, 6, 2
+        query = torch.randn(batch, heads, 1, 80, dtype=dtype, device="cuda")
+        key = torch.randn(batch, kv_heads, length, 80, dtype=dtype, device="cuda")
+        value = torch.randn(batch, kv_heads, length, 96, dtype=dtype, device="cuda")
+        mask = torch.rand(batch, 1, 1, length, device="cuda") < 0.7 if masked else None
+        scored = {"softcap": 20.0, "sinks": torch.randn(heads, device="cuda")} if masked else {}
+        exact = torch.tensor([True, False], device="cuda") if masked else None
+        latents = torch.randn(batch, 1, length, 128, dtype=dtype, device="cuda")
+        rotary = torch.randn(batch, 1, length, 32, dtype=dtype, device="cuda")
+        absorbed = torch.randn(batch, 16, 1, 160, dtype=dtype, device="cuda")
+        for estimator, kernel, samples in kernels:
+            step = {"samples": samples, "estimator": estimator, "kernel": kernel, "mask": mask}
+            santa_decode(query, key, value, exact=exact, **step, **scored)
+            calls += 1
+            if kernel != "flash":
+                step["kernel"] = "prop"
+                santa_decode(absorbed, latents, latents, rotary_key=rotary, **step)
+                calls += 1
+    torch.cuda.synchronize()
+    print(f"{calls} calls on {torch.cuda.get_device_name()}")
+
+
+if __name__ == "__main__":
+    main()
