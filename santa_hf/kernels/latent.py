@@ -349,7 +349,7 @@ def dense(
 ) -> torch.Tensor:
     """Exact attention over latents: `key` is also the value, and the rest as in `santa_decode`."""
     out = query.new_empty(*query.shape[:3], key.shape[3])
-    mask, span = launch._visible(mask, query.shape[0], True)
+    mask, span = launch.visible(mask, query.shape[0], True)
     _dense(query, key, rotary_key, out, mask, span, scaling=scaling, only=None)
     return out
 
@@ -373,7 +373,7 @@ def prop(
     **_: object,
 ) -> torch.Tensor:
     """One sampled step over latents in two passes; arguments as in `launch.prop`."""
-    mask, span = launch._visible(mask, query.shape[0], True)
+    mask, span = launch.visible(mask, query.shape[0], True)
     weights = scores(
         query, key, rotary_key=rotary_key, scaling=scaling, mask=mask, span=span, exact=exact
     )
@@ -411,32 +411,32 @@ def _dense(
     row_bytes = (block_r + block_e) * query.element_size()
     block_n = TILE_KEYS
     taken = block_h * (row_bytes + block_n * query.element_size())
-    room = launch._shared_memory(query.device) + 16 * 1024 - taken
+    room = launch.shared_memory(query.device) + 16 * 1024 - taken
     while block_n > 16 and BUFFERS * block_n * row_bytes > room:
         block_n //= 2
     blocks = triton.cdiv(heads, block_h)
-    most = max(1, launch._processors(query.device) // (blocks * batch))
+    most = max(1, launch.processors(query.device) // (blocks * batch))
     splits = min(most, triton.cdiv(length, block_n))
-    partial, top, mass = launch._partials(out, splits)
+    partial, top, mass = launch.partials(out, splits)
     block_s = triton.next_power_of_2(most)  # of `most`, lest a growing cache compile again
     columns = min(block_r, max(MERGE_COLUMNS, MERGE_ELEMENTS // block_s))
-    with launch._device(query):
+    with launch.on_device(query):
         latent_kernel[(splits * blocks, batch)](
-            query, key, rotary_key, mask, span, launch._bytes(only), partial, top, mass,
+            query, key, rotary_key, mask, span, launch.as_bytes(only), partial, top, mass,
             scaling * LOG2E, length,
             query.stride(0), query.stride(1), key.stride(0), rotary_key.stride(0),
-            launch._mask_stride(mask, 0),
+            launch.mask_stride(mask, 0),
             STRIDE_CN=key.stride(2),
             STRIDE_EN=rotary_key.stride(2),
-            STRIDE_MN=launch._mask_stride(mask, 1),
+            STRIDE_MN=launch.mask_stride(mask, 1),
             H=heads,
             R=rank,
             E=rotary_key.shape[3],
             HAS_MASK=mask is not None,
             HAS_ONLY=only is not None,
-            ALIGN_Q=launch._alignment(query),
-            ALIGN_C=launch._alignment(key),
-            ALIGN_E=launch._alignment(rotary_key),
+            ALIGN_Q=launch.alignment(query),
+            ALIGN_C=launch.alignment(key),
+            ALIGN_E=launch.alignment(rotary_key),
             BLOCK_H=block_h,
             BLOCK_N=block_n,
             BLOCK_R=block_r,
@@ -444,16 +444,16 @@ def _dense(
             STAGES=BUFFERS if block_h == HEAD_BLOCK else None,
             num_warps=WARPS,
             num_stages=BUFFERS + 1,
-            **launch._dependent(query.device),
+            **launch.dependent(query.device),
         )  # fmt: skip
         merge_kernel[(triton.cdiv(rank, columns), heads, batch)](
-            partial, top, mass, launch._bytes(only), out, splits,
+            partial, top, mass, launch.as_bytes(only), out, splits,
             R=rank,
             HAS_ONLY=only is not None,
             BLOCK_S=block_s,
             BLOCK_R=columns,
             num_warps=MERGE_WARPS,
-            **launch._dependent(query.device),
+            **launch.dependent(query.device),
         )  # fmt: skip
 
 
@@ -482,28 +482,28 @@ def scores(
     top = torch.empty((batch, heads, n_tiles), dtype=torch.float32, device=device)
     total = torch.empty((batch, heads, n_tiles), dtype=torch.int32, device=device)
     done = torch.empty((batch, heads), dtype=torch.int32, device=device)
-    with launch._device(query):
+    with launch.on_device(query):
         latent_scores_kernel[(n_tiles, batch)](
-            query, key, rotary_key, mask, span, launch._bytes(exact), stash, top, total, done,
+            query, key, rotary_key, mask, span, launch.as_bytes(exact), stash, top, total, done,
             scaling * LOG2E, length,
             query.stride(0), query.stride(1), key.stride(0), rotary_key.stride(0),
-            launch._mask_stride(mask, 0),
+            launch.mask_stride(mask, 0),
             STRIDE_CN=key.stride(2),
             STRIDE_EN=rotary_key.stride(2),
-            STRIDE_MN=launch._mask_stride(mask, 1),
+            STRIDE_MN=launch.mask_stride(mask, 1),
             H=heads,
             R=rank,
             E=rotary_key.shape[3],
             HAS_MASK=mask is not None,
             HAS_EXACT=exact is not None,
             TILE=TILE,
-            ALIGN_Q=launch._alignment(query),
-            ALIGN_C=launch._alignment(key),
-            ALIGN_E=launch._alignment(rotary_key),
+            ALIGN_Q=launch.alignment(query),
+            ALIGN_C=launch.alignment(key),
+            ALIGN_E=launch.alignment(rotary_key),
             BLOCK_H=max(16, triton.next_power_of_2(heads)),
             BLOCK_D=SCORE_COLUMNS,
             num_warps=SCORE_WARPS,
             num_stages=SCORE_STAGES,
-            **launch._dependent(device),
+            **launch.dependent(device),
         )  # fmt: skip
     return stash, top, total, done
