@@ -162,6 +162,24 @@ def test_exact_rows_are_dense_and_the_others_are_not_touched(mask: str | None) -
     assert not torch.equal(sampled[0], dense[0])
 
 
+@each_mask
+def test_rows_of_a_batch_are_those_computed_alone(mask: str | None) -> None:
+    """Also where the splits of one row fill a GPU, and those of a batch are too many for it."""
+    query, latents, rotary_key, keywords = case(
+        (33, 32, 5000, 512, 64, BF16) if CUDA else (4, 5, 2100, 20, 8, F16), mask
+    )
+    latents[1, 0, 1000] = torch.nan  # stays in its row
+    together = latent.dense(query, latents, latents, rotary_key=rotary_key, **keywords)
+    for b in (0, 1, 2, len(query) - 1):
+        row = slice(b, b + 1)
+        one = {**keywords, "mask": None if mask is None else keywords["mask"][row]}
+        alone = latent.dense(
+            query[row], latents[row], latents[row], rotary_key=rotary_key[row], **one
+        )
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=0, equal_nan=True)
+        assert alone.isfinite().all() == (b != 1)
+
+
 def test_what_cannot_run_is_refused_by_name() -> None:
     query, latents, rotary_key, keywords = case((1, 5, 9, 20, 8, F16), None)
     step = {"rotary_key": rotary_key, **keywords}
