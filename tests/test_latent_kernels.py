@@ -180,6 +180,24 @@ def test_rows_of_a_batch_are_those_computed_alone(mask: str | None) -> None:
         assert alone.isfinite().all() == (b != 1)
 
 
+def test_a_misspelt_keyword_is_refused() -> None:
+    query, latents, rotary_key, keywords = case((1, 5, 9, 20, 8, F16), None)
+    with pytest.raises(TypeError, match="maks"):
+        latent.dense(query, latents, latents, rotary_key=rotary_key, maks=None, **keywords)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "prop", "auto"])
+def test_dense_runs_whatever_kernel_would_sample(kernel: str) -> None:
+    query, latents, rotary_key, keywords = case((2, 6, 200, 32, 16, F16), "padded")
+    step = {"rotary_key": rotary_key, "estimator": "dense", **keywords}
+    out = santa_decode(query, latents, latents, kernel=kernel, **step)
+    expected = latent.dense(query, latents, latents, rotary_key=rotary_key, **keywords)
+    if kernel == "auto" and not CUDA:  # which is the reference there
+        torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    else:
+        assert torch.equal(out, expected)
+
+
 def test_what_cannot_run_is_refused_by_name() -> None:
     query, latents, rotary_key, keywords = case((1, 5, 9, 20, 8, F16), None)
     step = {"rotary_key": rotary_key, **keywords}

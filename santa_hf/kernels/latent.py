@@ -24,7 +24,7 @@ from ..reference import TILE
 from . import launch
 from .common import LOG2E, log2_weights, weight_units
 
-__all__ = ["dense", "prop", "scores", "why_not"]
+__all__ = ["decode", "dense", "prop", "scores", "why_not"]
 
 MAX_HEADS = 128
 MAX_RANK = 512
@@ -276,13 +276,14 @@ def why_not(
     value: torch.Tensor,
     rotary_key: torch.Tensor,
     kernel: str = "prop",
+    estimator: str = "systematic",
     scored: bool = False,
 ) -> str | None:
     """Why these kernels cannot run on a step, in the words of an error; None if they can.
 
     `scored` says that scores are soft-capped or joined by sinks, which no latent attention has.
     """
-    if kernel == "flash":
+    if kernel == "flash" and estimator != "dense":
         return "there is no one-pass sampling kernel over latents"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"Triton kernels over latents take 16-bit floats, and query is {query.dtype}"
@@ -297,6 +298,34 @@ def why_not(
     return launch.why_not(query, key, value)
 
 
+def decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    rotary_key: torch.Tensor,
+    samples: int,
+    estimator: str,
+    scaling: float,
+    mask: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    layer: int,
+    position: torch.Tensor | None,
+    head_offset: int,
+    softcap: None,
+    sinks: None,
+    exact: torch.Tensor | None,
+) -> torch.Tensor:
+    """One decode step over latents, exact or sampled; arguments and result as in `santa_decode`."""
+    if estimator == "dense":
+        return dense(query, key, value, rotary_key=rotary_key, scaling=scaling, mask=mask)
+    return prop(
+        query, key, value, rotary_key=rotary_key, samples=samples, estimator=estimator,
+        scaling=scaling, mask=mask, seed=seed, layer=layer, position=position,
+        head_offset=head_offset, exact=exact,
+    )  # fmt: skip
+
+
 def dense(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -305,7 +334,6 @@ def dense(
     rotary_key: torch.Tensor,
     scaling: float,
     mask: torch.Tensor | None,
-    **_: object,
 ) -> torch.Tensor:
     """Exact attention over latents: `key` is also the value, and the rest as in `santa_decode`."""
     out = query.new_empty(*query.shape[:3], key.shape[3])
@@ -330,7 +358,6 @@ def prop(
     head_offset: int = 0,
     exact: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
-    **_: object,
 ) -> torch.Tensor:
     """One sampled step over latents in two passes; arguments as in `launch.prop`."""
     mask, span = launch.visible(mask, query.shape[0], True)
