@@ -466,6 +466,38 @@ def test_other_attentions_and_subclasses_expand() -> None:
         torch.testing.assert_close(layer.expand_kv(latent, rotary_key)[0], key)
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers, "Dots3NoteTextConfig"), reason="Transformers has no such model"
+)
+@pytest.mark.filterwarnings("ignore:santa_hf")
+def test_a_layer_with_heads_of_its_own_is_no_shard() -> None:
+    """Of Dots3Note, sliding layers have 2 heads here, the others 4 and keys that they choose."""
+    sliding = {
+        "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 24,
+        "kv_lora_rank": RANK, "head_dim": NOPE + ROTARY, "qk_nope_head_dim": NOPE,
+        "v_head_dim": VALUE,
+    }  # fmt: skip
+    model = build(
+        "Dots3NoteText",
+        mlp_layer_types=["dense", "dense"],
+        layer_types=["indexed_attention", "sliding_attention"],
+        head_dim=NOPE + ROTARY,
+        sliding_window=40,
+        shared_experts_intermediate_size=32,
+        **{f"swa_{name}": value for name, value in sliding.items()},
+    )
+    expected = generate(tiny.use(model, "sdpa"))
+    out = generate(tiny.use(model, "santa", estimator="dense"))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    santa_hf.reset_stats(model)
+    generate(tiny.use(model, "santa", samples=8))
+    chosen, sampled = santa_hf.stats(model).layers.values()
+    steps = NEW_TOKENS - 1
+    assert [*chosen.fallbacks.values()] == [steps]
+    assert not sampled.fallbacks
+    assert sampled.samples == steps * 2 * 2 * 8
+
+
 @pytest.mark.parametrize("kernel", ["auto", "reference"])
 def test_auto_is_dense_where_sampling_is_slower(
     kernel: str, monkeypatch: pytest.MonkeyPatch

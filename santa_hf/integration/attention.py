@@ -23,6 +23,7 @@ from ..config import LayerConfig, SantaConfig
 from ..functional import santa_decode
 from ..stats import count_as_dense, counting_value_rows, layer_stats, warn_once
 from . import mla
+from .compat import heads_of_layer
 from .configure import layer_config
 
 __all__ = ["santa_attention", "santa_mask"]
@@ -415,8 +416,8 @@ def _head_offset(module: torch.nn.Module, heads: int) -> int | None:
     Tensor parallelism leaves each rank an equal run of heads, in the order of the ranks; the weights
     say how they are sharded. A layer that every rank has as a whole draws alike everywhere.
     """
-    whole = getattr(getattr(module, "config", None), "num_attention_heads", heads)
-    if heads == whole:
+    whole = heads_of_layer(module)
+    if whole is None or heads == whole:
         return 0
     known = _offsets.get(module)
     if known is None or known[0] != heads:
