@@ -84,13 +84,21 @@ SPARSE = {
 }
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+def build(
+    family: str, dtype: torch.dtype = torch.float32, attention: str = "santa", **changes: Any
+) -> PreTrainedModel:
     """Value heads of 12 beside query heads of 16 + 8."""
     extra = FAMILIES.get(family, SPARSE)
     config = getattr(transformers, f"{family}Config")(**{**COMMON, **extra, **changes})
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="santa")
+    if family == "Mistral4":  # which no AutoModel makes without its vision tower
+        from transformers.models.mistral4.modeling_mistral4 import Mistral4ForCausalLM
+
+        model = Mistral4ForCausalLM._from_config(config, attn_implementation=attention)
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
     return model.to(dtype).eval()
 
 
@@ -244,32 +252,74 @@ def test_tokens_are_the_same_alone_padded_and_with_any_cache(family: str) -> Non
     assert not torch.equal(greedy(tiny.use(model, "santa", estimator="dense"), PADDED), padded)
 
 
+def unadopt() -> None:
+    """As in a process that has not loaded a model with latents."""
+    for layer, original in mla._expansions.items():
+        if original is not None:
+            layer.expand_kv = original  # type: ignore[attr-defined]
+    mla._expansions.clear()
+
+
 @pytest.mark.parametrize(
-    ("family", "estimator"),
-    [("DeepseekV3", "systematic"), ("DeepseekV3", "dense"), ("DeepseekV2", "systematic")],
+    ("family", "estimator", "prefill"),
+    [
+        ("DeepseekV3", "systematic", "eager"),
+        ("DeepseekV2", "systematic", "eager"),
+        ("DeepseekV3", "dense", "compiled"),
+        ("DeepseekV2", "dense", "compiled"),
+    ],
 )
-def test_a_full_graph_gives_the_tokens_of_eager(family: str, estimator: str) -> None:
+def test_a_full_graph_computes_what_eager_computes(
+    family: str, estimator: str, prefill: str
+) -> None:
+    """Over latents, also where no call before it was eager; the dense one gives SDPA's logits."""
     torch.compiler.reset()
+    unadopt()
     model = build(family, torch.float64, first_k_dense_replace=LAYERS)
     tiny.use(model, "santa", samples=8, estimator=estimator)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    tokens = []
-    for step in (model, compiled):
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+
+    def run(step: Callable[..., Any], prefill: Callable[..., Any]) -> torch.Tensor:
         mask = torch.zeros(2, 170, dtype=torch.int64)
         mask[:, :150] = PADDED["attention_mask"]
         cache = StaticCache(config=model.config, max_cache_len=170)
         with torch.no_grad():
-            out = model(**PADDED, past_key_values=cache)
-            new = [out.logits[:, -1:].argmax(-1)]
+            logits = [prefill(**PADDED, past_key_values=cache).logits[:, -1]]
             for i in range(16):
                 mask[:, 150 + i] = 1
                 position = mask.sum(-1, keepdim=True) - 1
-                out = step(
-                    new[-1], attention_mask=mask, position_ids=position, past_key_values=cache
-                )
-                new.append(out.logits[:, -1:].argmax(-1))
-        tokens.append(torch.cat(new, 1))
-    assert torch.equal(*tokens)
+                token = logits[-1].argmax(-1, keepdim=True)
+                out = step(token, attention_mask=mask, position_ids=position, past_key_values=cache)
+                logits.append(out.logits[:, -1])
+        return torch.stack(logits)
+
+    out = run(compiled, compiled if prefill == "compiled" else model)
+    steps = [n for graph in graphs for n in graph.graph.nodes if "santa_hf.decode" in str(n.target)]
+    assert len(steps) == LAYERS
+    for step in steps:
+        rotary_key = step.args[8]
+        assert rotary_key is not None
+        assert rotary_key.meta["example_value"].shape == (2, 1, 170, ROTARY)
+    if estimator == "dense":
+        expected = run(tiny.use(model, "sdpa"), model)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(out.argmax(-1), run(model, model).argmax(-1))
+
+
+def test_a_model_is_adopted_when_it_is_switched_to_santa() -> None:
+    unadopt()
+    model = build("DeepseekV3", attention="sdpa")
+    layer = model.model.layers[0].self_attn
+    assert not mla.caches_latents(layer)
+    model.set_attn_implementation("santa")
+    assert mla.caches_latents(layer)
 
 
 def reload(model: PreTrainedModel) -> None:

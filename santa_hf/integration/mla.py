@@ -20,11 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 __all__ = [
     "absorb",
     "adopt",
+    "adopt_at_load",
     "are_latents",
+    "caches_latents",
     "expand",
     "project",
     "sampling_pays",
@@ -37,7 +40,8 @@ _expansions: dict[type, _Expand | None] = {}
 
 
 def adopt(module: torch.nn.Module) -> None:
-    """Let layers of the module's class hand their latents through, if that is safe; called at each step.
+    """Let layers of the module's class hand their latents through, if that is safe; called at each step,
+    and at load, see `adopt_at_load`.
 
     It is where the layer caches latents and expands them afterwards: sparse attention of Transformers
     5.17 expands first, and caches what it expanded.
@@ -75,6 +79,41 @@ def _expands_after_caching(layer: type) -> bool:
         return False
     update, expand_kv = source.find(".update("), source.find("self.expand_kv(")
     return 0 <= update < expand_kv
+
+
+def adopt_at_load() -> None:
+    """Adopt the layers of a model when it is made with attention "santa", or switched to it. May be
+    called again.
+
+    A layer has handed over its keys when a step adopts it: a graph traced at that step would keep
+    expanding.
+    """
+    for name in ("post_init", "set_attn_implementation"):
+        original = getattr(PreTrainedModel, name)
+        if not hasattr(original, "_santa"):
+            setattr(PreTrainedModel, name, _then_adopt(original))
+
+
+def _then_adopt(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        returned = original(self, *args, **kwargs)
+        for layer in self.modules():
+            config = getattr(layer, "config", None)
+            if (
+                hasattr(layer, "expand_kv")
+                and getattr(config, "_attn_implementation", None) == "santa"
+            ):
+                adopt(layer)
+        return returned
+
+    method._santa = True  # type: ignore[attr-defined]
+    return method
+
+
+def caches_latents(module: torch.nn.Module) -> bool:
+    """Whether the module's class was adopted: what it expands, it expands at every step."""
+    return _expansions.get(type(module)) is not None
 
 
 def are_latents(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> bool:
