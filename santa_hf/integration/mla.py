@@ -58,11 +58,10 @@ def adopt(module: torch.nn.Module) -> None:
     def expand_kv(
         self: Any, latent: torch.Tensor, rotary_key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # A subclass may use what it gets in a way of its own. Of latents as wide as a query, the
-        # attention function could not tell what they are.
+        # A subclass may use what it gets in a way of its own.
         if (
             self.config._attn_implementation != "santa"
-            or latent.shape[-1] == self.qk_nope_head_dim + self.qk_rope_head_dim
+            or _as_wide_as_heads(self, latent, rotary_key)
             or type(self) is not layer
         ):
             return original(self, latent, rotary_key)
@@ -116,9 +115,20 @@ def caches_latents(module: torch.nn.Module) -> bool:
     return _expansions.get(type(module)) is not None
 
 
-def are_latents(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether `key` is the latents that an adopted layer handed through, and no keys of its heads."""
-    return key.shape[-1] != query.shape[-1] and _expansions.get(type(module)) is not None
+def are_latents(module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether these are the latents and rotary keys that an adopted layer handed through, and no keys
+    and values of its heads."""
+    return (
+        caches_latents(module)
+        and value.shape[-1] == module.qk_rope_head_dim
+        and not _as_wide_as_heads(module, key, value)
+    )
+
+
+def _as_wide_as_heads(module: Any, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether widths are those of expanded heads; of such latents nobody could tell what they are."""
+    widths = _nope(module) + module.qk_rope_head_dim, _value(module)
+    return bool((key.shape[-1], value.shape[-1]) == widths)
 
 
 def expand(
@@ -138,8 +148,9 @@ def why_not_absorbed(
     if type(linear) is not torch.nn.Linear or linear.bias is not None:
         return "kv_b_proj is not a plain linear layer (quantised, or wrapped by an adapter)"
     weight = _local_weight(linear)
-    hooked = "forward" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks
-    if hooked and weight is linear.weight:
+    forward = linear.__dict__.get("forward")
+    sharded = weight is not linear.weight and _is_tensor_parallel(forward)
+    if linear._forward_hooks or linear._forward_pre_hooks or not (forward is None or sharded):
         return "kv_b_proj has hooks (offloaded or sharded)"
     rows = query.shape[1] * (_nope(module) + _value(module))
     plain = type(weight) in (torch.nn.Parameter, torch.Tensor)
@@ -150,6 +161,13 @@ def why_not_absorbed(
     if torch.is_grad_enabled() and weight.requires_grad:
         return "autograd needs a gradient"
     return None
+
+
+def _is_tensor_parallel(forward: Any) -> bool:
+    """Whether a linear layer's own `forward` is the one by which Transformers' tensor parallelism brings
+    a sharded weight along. A wrapper around it copies its names, but not its globals."""
+    written_in = getattr(forward, "__globals__", {}).get("__name__")
+    return bool(written_in == "transformers.distributed.tensor_parallel")
 
 
 def absorb(module: torch.nn.Module, query: torch.Tensor) -> torch.Tensor:
