@@ -179,9 +179,9 @@ def _implementation(
     else:
         from .kernels import latent
 
-        reason = latent.why_not(query, key, value, rotary_key, kernel, scored)
+        reason = latent.why_not(query, key, value, rotary_key, kernel, estimator, scored)
         if reason is None:
-            return partial(latent.dense if estimator == "dense" else latent.prop, **parts)
+            return partial(latent.decode, **parts)
     if kernel != "auto":
         raise NotImplementedError(f"kernel={kernel!r} cannot run here: {reason}")
     return partial(reference.decode, **parts)

@@ -40,7 +40,8 @@ class LayerStats:
             visible keys than min_context).
         multi_token: calls with several query tokens (prefill, speculative verification), dense by
             design.
-        fallbacks: decode calls that went dense because they cannot be sampled, by reason.
+        fallbacks: decode calls that went dense because they cannot be sampled, or that expanded
+            latents to be dense, by reason.
         rows_read, rows_visible: distinct value rows read and value rows visible, over rows of the
             batch and KV heads; counted only inside `count_value_rows()`.
     """

@@ -1,8 +1,11 @@
-"""The benchmark of decoding on a tiny model: every arm that runs without a GPU, resumed from its CSV."""
+"""The benchmark of decoding on a tiny model: every arm that runs without a GPU, resumed from its CSV;
+and of that of latent attention, what needs none."""
 
 from __future__ import annotations
 
+import csv
 import fcntl
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,3 +122,44 @@ def test_a_bad_case_is_refused(case: str, capsys: pytest.CaptureFixture[str]) ->
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(CommandError, match="needs a GPU"):
         decode.main("bench decode", [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_latent_attention_needs_a_gpu() -> None:
+    mla = pytest.importorskip("eval.bench.mla")
+    with pytest.raises(CommandError, match="needs a CUDA GPU"):
+        mla.main("bench mla", [])
+
+
+def test_the_products_with_w_are_those_of_the_expansion() -> None:
+    mla = pytest.importorskip("eval.bench.mla")
+    module = mla._module(3)
+    torch.nn.init.normal_(module.kv_b_proj.weight, std=0.05)
+    latent, rotary_key = torch.randn(2, 1, 50, mla.RANK), torch.randn(2, 1, 50, mla.ROTARY)
+    query = torch.randn(2, 3, 1, mla.NOPE + mla.ROTARY)
+    one = mla.Inputs(torch.empty(0), query, torch.empty(0), latent, rotary_key)
+    out = mla._with_weights(module, mla._matmul)(one).transpose(1, 2)
+    expected = mla._expanded(module)(one)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_latent_attention_are_written_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    mla = pytest.importorskip("eval.bench.mla")
+    columns = [field.name for field in fields(mla.Row)]
+    shipped = Path(mla.__file__).parent / "results" / "mla.csv"
+    with shipped.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == columns
+    rows = []
+    for line in lines:
+        row = mla.Row(**line)
+        row.batch, row.context = int(row.batch), int(row.context)
+        row.share_of_byte_floor = float(row.share_of_byte_floor)
+        rows.append(row)
+    mla._write(rows, tmp_path / "mla.csv")
+    with (tmp_path / "mla.csv").open(newline="") as file:
+        assert next(csv.DictReader(file))["implementation"] == lines[0]["implementation"]
+    mla._plot(rows, tmp_path / "mla.png")
+    assert (tmp_path / "mla.png").stat().st_size > 1000

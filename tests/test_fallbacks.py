@@ -148,6 +148,22 @@ def test_the_step_is_exact_counted_and_announced_once(case: str, layer: torch.nn
     assert not counters.fallbacks
 
 
+def test_autocast_that_mixes_dtypes_is_exact(layer: torch.nn.Module) -> None:
+    """A rotation in float32 widens query and key, not the value; without autocast it is an error."""
+    inputs = step()
+    inputs["value"] = inputs["value"].bfloat16()
+    layer.config.santa = {"samples": 4}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = exact(inputs)
+        with pytest.warns(UserWarning, match="autocast"):
+            out, _ = santa_attention(layer, **inputs)
+        santa_attention(layer, **inputs)
+    assert torch.equal(out, expected)
+    assert [*santa_hf.stats(layer).total.fallbacks.values()] == [2]
+    with pytest.raises(TypeError, match="must share one dtype"):
+        santa_attention(layer, **inputs)
+
+
 def test_the_step_itself_is_sampled(layer: torch.nn.Module) -> None:
     """Every case above differs from this one by its reason alone."""
     inputs = step()

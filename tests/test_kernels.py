@@ -117,7 +117,7 @@ def kernel_softmax(
 ) -> reference._TiledSoftmax:
     """The weights that pass 1 leaves, exactly, in the reference's form."""
     batch, heads = query.shape[:2]
-    mask, span = launch._visible(keywords["mask"], batch, True)
+    mask, span = launch.visible(keywords["mask"], batch, True)
     stash, top, total, done = launch.scores(
         query, key, scaling=keywords["scaling"], mask=mask, span=span,
         softcap=keywords.get("softcap"),

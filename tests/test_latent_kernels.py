@@ -104,7 +104,7 @@ def test_dense_is_as_near_to_float64_as_eager_code(
 def test_dense_on_other_gpus(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 heads a program, and fewer keys a tile where there is less shared memory."""
     monkeypatch.setattr(latent, "_multiplies_64_rows", lambda device: False)
-    monkeypatch.setattr(launch, "_shared_memory", lambda device: memory - 16 * 1024)
+    monkeypatch.setattr(launch, "shared_memory", lambda device: memory - 16 * 1024)
     query, latents, rotary_key, keywords = case((1, 70, 150, 40, 16, BF16), "padded")
     out = latent.dense(query, latents, latents, rotary_key=rotary_key, **keywords)
     query, out = query.transpose(1, 2), out.transpose(1, 2)
@@ -160,6 +160,42 @@ def test_exact_rows_are_dense_and_the_others_are_not_touched(mask: str | None) -
     assert torch.equal(mixed[0], dense[0])
     assert torch.equal(mixed[1], sampled[1])
     assert not torch.equal(sampled[0], dense[0])
+
+
+@each_mask
+def test_rows_of_a_batch_are_those_computed_alone(mask: str | None) -> None:
+    """Also where the splits of one row fill a GPU, and those of a batch are too many for it."""
+    query, latents, rotary_key, keywords = case(
+        (33, 32, 5000, 512, 64, BF16) if CUDA else (4, 5, 2100, 20, 8, F16), mask
+    )
+    latents[1, 0, 1000] = torch.nan  # stays in its row
+    together = latent.dense(query, latents, latents, rotary_key=rotary_key, **keywords)
+    for b in (0, 1, 2, len(query) - 1):
+        row = slice(b, b + 1)
+        one = {**keywords, "mask": None if mask is None else keywords["mask"][row]}
+        alone = latent.dense(
+            query[row], latents[row], latents[row], rotary_key=rotary_key[row], **one
+        )
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=0, equal_nan=True)
+        assert alone.isfinite().all() == (b != 1)
+
+
+def test_a_misspelt_keyword_is_refused() -> None:
+    query, latents, rotary_key, keywords = case((1, 5, 9, 20, 8, F16), None)
+    with pytest.raises(TypeError, match="maks"):
+        latent.dense(query, latents, latents, rotary_key=rotary_key, maks=None, **keywords)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "prop", "auto"])
+def test_dense_runs_whatever_kernel_would_sample(kernel: str) -> None:
+    query, latents, rotary_key, keywords = case((2, 6, 200, 32, 16, F16), "padded")
+    step = {"rotary_key": rotary_key, "estimator": "dense", **keywords}
+    out = santa_decode(query, latents, latents, kernel=kernel, **step)
+    expected = latent.dense(query, latents, latents, rotary_key=rotary_key, **keywords)
+    if kernel == "auto" and not CUDA:  # which is the reference there
+        torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    else:
+        assert torch.equal(out, expected)
 
 
 def test_what_cannot_run_is_refused_by_name() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,12 +16,18 @@ import torch
 import transformers
 from tolerance import assert_mean
 from torch.nn.functional import linear
-from transformers import PreTrainedModel, StaticCache
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 
 import santa_hf
 from santa_hf import reference
 from santa_hf.integration import mla
 from santa_hf.integration.attention import santa_attention
+from santa_hf.integration.paged import PAGED
 
 NEW_TOKENS = 6
 LAYERS = 2
@@ -72,6 +80,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_topk": 2,
         "head_dim": ROTARY,
     },
+    "KimiLinear": {
+        "mlp_layer_types": ["dense", "dense"],
+        "layer_types": ["full_attention", "full_attention"],
+        "linear_head_dim": 8,
+        "linear_num_heads": HEADS,
+        "q_lora_rank": None,
+        "num_local_experts": 4,
+        "moe_intermediate_size": 32,
+    },
+    "Mistral4": {**EXPERTS, "first_k_dense_replace": 1},
 }
 MAIN = ("DeepseekV2", "DeepseekV3")
 SPARSE = {
@@ -84,13 +102,21 @@ SPARSE = {
 }
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+def build(
+    family: str, dtype: torch.dtype = torch.float32, attention: str = "santa", **changes: Any
+) -> PreTrainedModel:
     """Value heads of 12 beside query heads of 16 + 8."""
     extra = FAMILIES.get(family, SPARSE)
     config = getattr(transformers, f"{family}Config")(**{**COMMON, **extra, **changes})
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="santa")
+    if family == "Mistral4":  # which no AutoModel makes without its vision tower
+        from transformers.models.mistral4.modeling_mistral4 import Mistral4ForCausalLM
+
+        model = Mistral4ForCausalLM._from_config(config, attn_implementation=attention)
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
     return model.to(dtype).eval()
 
 
@@ -145,7 +171,9 @@ def test_dense_equals_sdpa(family: str, case: str, monkeypatch: pytest.MonkeyPat
     with absorbed_calls(monkeypatch) as calls:
         dense = generate(model, **CASES[case])
     torch.testing.assert_close(dense, expected, rtol=1e-5, atol=1e-5)
-    if case != "prompt lookup":  # which may verify several tokens at every step
+    if case == "prompt lookup":  # which verifies several tokens at some steps
+        assert 0 < len(calls) < LAYERS * (NEW_TOKENS - 1)
+    else:
         assert len(calls) == LAYERS * (NEW_TOKENS - 1)
     assert not santa_hf.stats(model).total.fallbacks
 
@@ -244,32 +272,74 @@ def test_tokens_are_the_same_alone_padded_and_with_any_cache(family: str) -> Non
     assert not torch.equal(greedy(tiny.use(model, "santa", estimator="dense"), PADDED), padded)
 
 
+def unadopt() -> None:
+    """As in a process that has not loaded a model with latents."""
+    for layer, original in mla._expansions.items():
+        if original is not None:
+            layer.expand_kv = original  # type: ignore[attr-defined]
+    mla._expansions.clear()
+
+
 @pytest.mark.parametrize(
-    ("family", "estimator"),
-    [("DeepseekV3", "systematic"), ("DeepseekV3", "dense"), ("DeepseekV2", "systematic")],
+    ("family", "estimator", "prefill"),
+    [
+        ("DeepseekV3", "systematic", "eager"),
+        ("DeepseekV2", "systematic", "eager"),
+        ("DeepseekV3", "dense", "compiled"),
+        ("DeepseekV2", "dense", "compiled"),
+    ],
 )
-def test_a_full_graph_gives_the_tokens_of_eager(family: str, estimator: str) -> None:
+def test_a_full_graph_computes_what_eager_computes(
+    family: str, estimator: str, prefill: str
+) -> None:
+    """Over latents, also where no call before it was eager; the dense one gives SDPA's logits."""
     torch.compiler.reset()
+    unadopt()
     model = build(family, torch.float64, first_k_dense_replace=LAYERS)
     tiny.use(model, "santa", samples=8, estimator=estimator)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    tokens = []
-    for step in (model, compiled):
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+
+    def run(step: Callable[..., Any], prefill: Callable[..., Any]) -> torch.Tensor:
         mask = torch.zeros(2, 170, dtype=torch.int64)
         mask[:, :150] = PADDED["attention_mask"]
         cache = StaticCache(config=model.config, max_cache_len=170)
         with torch.no_grad():
-            out = model(**PADDED, past_key_values=cache)
-            new = [out.logits[:, -1:].argmax(-1)]
+            logits = [prefill(**PADDED, past_key_values=cache).logits[:, -1]]
             for i in range(16):
                 mask[:, 150 + i] = 1
                 position = mask.sum(-1, keepdim=True) - 1
-                out = step(
-                    new[-1], attention_mask=mask, position_ids=position, past_key_values=cache
-                )
-                new.append(out.logits[:, -1:].argmax(-1))
-        tokens.append(torch.cat(new, 1))
-    assert torch.equal(*tokens)
+                token = logits[-1].argmax(-1, keepdim=True)
+                out = step(token, attention_mask=mask, position_ids=position, past_key_values=cache)
+                logits.append(out.logits[:, -1])
+        return torch.stack(logits)
+
+    out = run(compiled, compiled if prefill == "compiled" else model)
+    steps = [n for graph in graphs for n in graph.graph.nodes if "santa_hf.decode" in str(n.target)]
+    assert len(steps) == LAYERS
+    for step in steps:
+        rotary_key = step.args[8]
+        assert rotary_key is not None
+        assert rotary_key.meta["example_value"].shape == (2, 1, 170, ROTARY)
+    if estimator == "dense":
+        expected = run(tiny.use(model, "sdpa"), model)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(out.argmax(-1), run(model, model).argmax(-1))
+
+
+def test_a_model_is_adopted_when_it_is_switched_to_santa() -> None:
+    unadopt()
+    model = build("DeepseekV3", attention="sdpa")
+    layer = model.model.layers[0].self_attn
+    assert not mla.caches_latents(layer)
+    model.set_attn_implementation("santa")
+    assert mla.caches_latents(layer)
 
 
 def reload(model: PreTrainedModel) -> None:
@@ -327,22 +397,46 @@ def offload(layer: torch.nn.Module) -> None:
     layer.kv_b_proj.forward = lambda x: linear(x, weight)
 
 
+def hook_inputs(layer: torch.nn.Module) -> None:
+    layer.kv_b_proj.register_forward_pre_hook(lambda module, args: (1.5 * args[0],))
+
+
+def add_bias(layer: torch.nn.Module) -> None:
+    layer.kv_b_proj.bias = torch.nn.Parameter(torch.randn(layer.kv_b_proj.out_features))
+
+
+def offload_by_accelerate(layer: torch.nn.Module) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(layer, execution_device="cpu")
+    assert layer.kv_b_proj.weight.is_meta
+
+
+def expand_otherwise(layer: torch.nn.Module) -> None:
+    expand = partial(mla.expand, layer)
+    layer.expand_kv = lambda latent, rotary_key: tuple(1.1 * x for x in expand(latent, rotary_key))
+
+
+@pytest.mark.parametrize("santa", [{"samples": 4}, {"estimator": "dense"}], ids=str)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (wrap, "not a plain linear layer"),
+        (add_bias, "not a plain linear layer"),
         (hook, "has hooks"),
+        (hook_inputs, "has hooks"),
         (offload, "has hooks"),
+        (offload_by_accelerate, "has hooks"),
+        (expand_otherwise, "expanded beforehand"),
     ],
 )
 def test_what_cannot_be_absorbed_is_expanded(
-    change: Callable[[torch.nn.Module], None], reason: str
+    change: Callable[[torch.nn.Module], None], reason: str, santa: dict[str, Any]
 ) -> None:
     model = build("DeepseekV3")
     for layer in model.model.layers:
         change(layer.self_attn)
     expected = generate(tiny.use(model, "sdpa"))
-    tiny.use(model, "santa", samples=4)
+    tiny.use(model, "santa", **santa)
     with pytest.warns(UserWarning, match=reason) as caught:
         out = generate(model)
     assert len([w for w in caught if "santa_hf" in str(w.message)]) == 1
@@ -350,10 +444,212 @@ def test_what_cannot_be_absorbed_is_expanded(
     total = santa_hf.stats(model).total
     assert list(total.fallbacks.values()) == [LAYERS * (NEW_TOKENS - 1)]
     assert reason in next(iter(total.fallbacks))
-    assert total.sampled == 0
-    tiny.use(model, "santa", strict=True)
-    with pytest.raises(NotImplementedError, match=reason):
+    assert total.sampled == total.dense == 0
+    tiny.use(model, "santa", strict=True, **santa)
+    wanted = "computed over its latents" if "estimator" in santa else "sampled"
+    with pytest.raises(NotImplementedError, match=f"cannot be {wanted}.*{reason}"):
         generate(model)
+
+
+class Marked(torch.Tensor):
+    """A tensor that may hold its values in another form."""
+
+
+def subclass(layer: torch.nn.Module) -> None:
+    weight = layer.kv_b_proj.weight.data.as_subclass(Marked)
+    layer.kv_b_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def move(layer: torch.nn.Module) -> None:
+    layer.kv_b_proj.to("meta")
+
+
+def quantise(layer: torch.nn.Module) -> None:
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    linear = layer.kv_b_proj
+    layer.kv_b_proj = fp8.FP8Linear(linear.in_features, linear.out_features, block_size=(128, 128))
+
+
+def train(layer: torch.nn.Module) -> None:
+    layer.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (subclass, "not a plain one of the layer's heads"),
+        (move, "another dtype or device"),
+        (quantise, "not a plain linear layer"),
+        (train, "training mode"),
+    ],
+)
+def test_a_layer_that_cannot_absorb_says_why(
+    change: Callable[[torch.nn.Module], None], reason: str
+) -> None:
+    layer = build("DeepseekV3").model.layers[0].self_attn
+    change(layer)
+    query, latent = torch.randn(1, HEADS, 1, NOPE + ROTARY), torch.randn(1, 1, 9, RANK)
+    rotary_key, position = torch.randn(1, 1, 9, ROTARY), torch.tensor([[8]])
+    layer.config.santa = {"strict": True}
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=reason):
+        santa_attention(layer, query, latent, rotary_key, None, position_ids=position)
+
+
+def test_hooks_on_a_sharded_weight_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor parallelism replaces the forward of a linear layer; whatever else is there is not its."""
+    layer = build("DeepseekV3").model.layers[0].self_attn
+    linear, weight = layer.kv_b_proj, layer.kv_b_proj.weight.detach()
+    monkeypatch.setattr(mla, "_local_weight", lambda linear: weight)  # as of a DTensor
+    query, latent = torch.randn(1, HEADS, 1, NOPE + ROTARY), torch.randn(1, 1, 9, RANK)
+    parallel = import_module("transformers.distributed.tensor_parallel")
+    parallel.ColwiseParallel().install_forward(linear, None)
+    with torch.no_grad():
+        assert mla.why_not_absorbed(layer, query, latent) is None
+        handle = linear.register_forward_hook(lambda module, args, out: 1.5 * out)
+        assert "hooks" in str(mla.why_not_absorbed(layer, query, latent))
+        handle.remove()
+        linear.forward = functools.wraps(linear.forward)(lambda x: x)
+        assert "hooks" in str(mla.why_not_absorbed(layer, query, latent))
+
+
+@pytest.mark.filterwarnings("ignore:santa_hf")
+@pytest.mark.parametrize("family", MAIN)
+def test_autocast_decodes_as_with_sdpa(family: str) -> None:
+    """V2's norm leaves latents in float32 beside a query in bfloat16; V3's rotation widens the query."""
+    model = build(family, first_k_dense_replace=LAYERS)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = generate(tiny.use(model, "sdpa"), max_new_tokens=2)
+        out = generate(tiny.use(model, "santa", estimator="dense"), max_new_tokens=2)
+    assert (out - expected).square().mean().sqrt() < 0.02 * expected.std()
+    fallbacks = santa_hf.stats(model).total.fallbacks
+    assert [*fallbacks.values()] == ([LAYERS] if family == "DeepseekV2" else [])
+    assert all("autocast" in reason for reason in fallbacks)
+
+
+@pytest.mark.parametrize("value", [VALUE, ROTARY])
+def test_latents_as_wide_as_the_query(value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told apart by their rotary keys; where these too are as wide as a head's, they are expanded."""
+    model = build("DeepseekV3", kv_lora_rank=NOPE + ROTARY, v_head_dim=value)
+    expected = generate(tiny.use(model, "sdpa"))
+    tiny.use(model, "santa", estimator="dense")
+    with absorbed_calls(monkeypatch) as calls, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(generate(model), expected, rtol=1e-5, atol=1e-5)
+    steps = LAYERS * (NEW_TOKENS - 1)
+    fallbacks = santa_hf.stats(model).total.fallbacks
+    assert len(calls) == (steps if value == VALUE else 0)
+    assert sum(fallbacks.values()) == (0 if value == VALUE else steps)
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_the_output_of_a_layer_is_unbiased(family: str) -> None:
+    """With its own absorption and projection, over seeds, against the expanded heads."""
+    layer = build(family, torch.float64).model.layers[0].self_attn
+    query = torch.randn(2, HEADS, 1, NOPE + ROTARY, dtype=torch.float64)
+    latent = torch.randn(2, 1, 90, RANK, dtype=torch.float64)
+    rotary_key = torch.randn(2, 1, 90, ROTARY, dtype=torch.float64)
+    mask = torch.ones(2, 1, 1, 90, dtype=torch.bool)
+    mask[1, ..., :40] = False
+    attend = partial(
+        santa_attention, layer, query, latent, rotary_key, mask, scaling=layer.scaling,
+        position_ids=torch.tensor([[89], [49]]),
+    )  # fmt: skip
+    with torch.no_grad():
+        key, value = mla.expand(layer, latent, rotary_key)
+        weight = (query @ key.mT * layer.scaling).masked_fill(~mask, -torch.inf).softmax(-1)
+        expected = (weight @ value).transpose(1, 2)
+        torch.testing.assert_close(attend(santa={"estimator": "dense"})[0], expected)
+        seeds = 500
+        out = torch.stack([attend(santa={"samples": 4, "seed": s})[0] for s in range(seeds)])
+    error = out.std(0) / seeds**0.5
+    assert (error > 0).all()
+    assert ((out.mean(0) - expected).abs() < 5 * error).all()
+
+
+def test_rows_below_min_context_are_exact_over_latents() -> None:
+    """The second of 150 and 90 tokens, in a batch where the first is sampled."""
+    model = build("DeepseekV3", first_k_dense_replace=LAYERS)
+    expected = generate(tiny.use(model, "sdpa"))
+    out = generate(tiny.use(model, "santa", samples=4, min_context=120, strict=True))
+    torch.testing.assert_close(out[1], expected[1], rtol=1e-5, atol=1e-5)
+    assert (out[0, 1:] - expected[0, 1:]).abs().max() > 1e-2
+    assert santa_hf.stats(model).total.samples == LAYERS * (NEW_TOKENS - 1) * HEADS * 4
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers, "Dots3NoteTextConfig"), reason="Transformers has no such model"
+)
+@pytest.mark.filterwarnings("ignore:santa_hf")
+def test_a_layer_with_heads_of_its_own_is_no_shard() -> None:
+    """Of Dots3Note, sliding layers have 2 heads here, the others 4 and keys that they choose."""
+    sliding = {
+        "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 24,
+        "kv_lora_rank": RANK, "head_dim": NOPE + ROTARY, "qk_nope_head_dim": NOPE,
+        "v_head_dim": VALUE,
+    }  # fmt: skip
+    model = build(
+        "Dots3NoteText",
+        mlp_layer_types=["dense", "dense"],
+        layer_types=["indexed_attention", "sliding_attention"],
+        head_dim=NOPE + ROTARY,
+        sliding_window=40,
+        shared_experts_intermediate_size=32,
+        **{f"swa_{name}": value for name, value in sliding.items()},
+    )
+    expected = generate(tiny.use(model, "sdpa"))
+    out = generate(tiny.use(model, "santa", estimator="dense"))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    santa_hf.reset_stats(model)
+    generate(tiny.use(model, "santa", samples=8))
+    chosen, sampled = santa_hf.stats(model).layers.values()
+    steps = NEW_TOKENS - 1
+    assert [*chosen.fallbacks.values()] == [steps]
+    assert not sampled.fallbacks
+    assert sampled.samples == steps * 2 * 2 * 8
+
+
+@pytest.mark.parametrize("santa", [{"samples": 4}, {"estimator": "dense"}], ids=str)
+@pytest.mark.parametrize("family", MAIN)
+def test_continuous_batching_is_exact(family: str, santa: dict[str, Any]) -> None:
+    """Its cache takes heads of one size, and Transformers expands latents before they are cached."""
+    model = build(family, torch.float64, first_k_dense_replace=LAYERS, v_head_dim=NOPE + ROTARY)
+    model.config.head_dim = NOPE + ROTARY  # the cache's
+    prompts = [row[0].tolist() for row in tiny.prompts(150, 37)]
+
+    def tokens() -> list[list[int]]:
+        out = model.generate_batch(
+            prompts,
+            generation_config=GenerationConfig(
+                max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
+            ),
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=64),
+        )
+        assert all(output.error is None for output in out.values())
+        return [out[name].generated_tokens for name in sorted(out)]
+
+    expected = []
+    for prompt in prompts:
+        row = {"input_ids": torch.tensor([prompt])}
+        expected.append(generate(tiny.use(model, "sdpa"), row).argmax(-1)[0].tolist())
+    tiny.use(model, "santa", **santa)
+    with pytest.warns(UserWarning, match="continuous batching") as caught:
+        assert tokens() == expected
+    assert len([w for w in caught if "santa_hf" in str(w.message)]) == 1
+    total = santa_hf.stats(model).total
+    assert list(total.fallbacks.values()) == [LAYERS * (NEW_TOKENS - 1)]
+    assert total.sampled == total.dense == 0
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "santa"])
+def test_continuous_batching_of_stock_sizes_fails_as_in_transformers(attention: str) -> None:
+    """Values of 12 beside keys of 24: the paged cache has one head size."""
+    model = tiny.use(build("DeepseekV3", first_k_dense_replace=LAYERS), attention)
+    out = model.generate_batch(
+        [ALONE["input_ids"][0].tolist()],
+        generation_config=GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64),
+    )
+    assert all("slice shape" in output.error for output in out.values())
 
 
 @pytest.mark.filterwarnings("ignore:santa_hf")
@@ -461,7 +757,7 @@ def test_other_attentions_and_subclasses_expand() -> None:
     layer.__class__ = type("Subclass", (type(layer),), {})
     torch.testing.assert_close(layer.expand_kv(latent, rotary_key)[0], key)
     layer.__class__ = type(layer).__mro__[1]
-    for attention in ("sdpa", "paged|santa"):  # the second is that of continuous batching
+    for attention in ("sdpa", PAGED):
         layer.config._attn_implementation = attention
         torch.testing.assert_close(layer.expand_kv(latent, rotary_key)[0], key)
 

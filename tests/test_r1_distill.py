@@ -16,16 +16,24 @@ import santa_hf
 CONFIGS = Path(__file__).parents[1] / "configs"
 LAYERS = 2
 HEAD_SIZE = 128
-# Query heads on KV heads, and the rotary base, of the published configurations.
-MODELS: dict[str, tuple[str, int, int, float]] = {
-    "deepseek-r1-distill-qwen-7b": ("Qwen2Config", 28, 4, 1e4),
-    "deepseek-r1-distill-llama-8b": ("LlamaConfig", 32, 8, 5e5),
-}
+# Query heads on KV heads, and the rotary embedding, of the published configurations.
+MODELS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
+    "deepseek-r1-distill-qwen-7b": (
+        "Qwen2Config", 28, 4, {"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "deepseek-r1-distill-llama-8b": (
+        "LlamaConfig", 32, 8,
+        {
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+    ),
+}  # fmt: skip
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
 def build(name: str) -> PreTrainedModel:
-    kind, heads, kv_heads, base = MODELS[name]
+    kind, heads, kv_heads, rotary = MODELS[name]
     config = getattr(transformers, kind)(
         vocab_size=tiny.VOCABULARY,
         hidden_size=96,
@@ -34,7 +42,7 @@ def build(name: str) -> PreTrainedModel:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=HEAD_SIZE,
-        rope_parameters={"rope_type": "default", "rope_theta": base},
+        rope_parameters=rotary,
         max_position_embeddings=131072,
         initializer_range=0.1,
     )

@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from santa_hf import reference, santa_decode
+from santa_hf.integration import mla
 
 from .. import provenance
 from ..cli import CommandError
@@ -117,45 +119,77 @@ def _module(heads: int) -> Any:
         v_head_dim=VALUE,
     )
     config._attn_implementation = "sdpa"
-    return DeepseekV3Attention(config, 0).to("cuda", torch.bfloat16).requires_grad_(False).eval()
+    return DeepseekV3Attention(config, 0).requires_grad_(False).eval()
 
 
-def _flashinfer(heads: int, batch: int, context: int) -> Callable[[Inputs], object] | None:
-    """FlashInfer's MLA decode over pages of 64 tokens, if it is installed; None if not."""
+@cache
+def _flashinfer_package() -> Any | None:
+    """FlashInfer with its latent attention; None if it is not installed."""
     try:
-        from flashinfer.mla import (  # type: ignore[import-not-found]
-            BatchMLAPagedAttentionWrapper,
-        )
+        import flashinfer  # type: ignore[import-not-found]
+        import flashinfer.mla  # type: ignore[import-not-found]
     except ImportError:
         return None
+    return flashinfer
+
+
+def _flashinfer(package: Any, heads: int, batch: int, context: int) -> Callable[[Inputs], object]:
+    """FlashInfer's MLA decode over pages of 64 tokens; the first call plans, and may compile."""
     page = 64
-    pages = context // page
-    wrapper = BatchMLAPagedAttentionWrapper(
-        torch.empty(512 << 20, dtype=torch.uint8, device="cuda"), backend="auto"
-    )
-    wrapper.plan(
-        torch.arange(batch + 1, dtype=torch.int32, device="cuda"),
-        torch.arange(batch + 1, dtype=torch.int32, device="cuda") * pages,
-        torch.arange(batch * pages, dtype=torch.int32, device="cuda"),
-        torch.full((batch,), context, dtype=torch.int32, device="cuda"),
-        heads,
-        RANK,
-        ROTARY,
-        page,
-        False,
-        SCALING,
-        torch.bfloat16,
-        torch.bfloat16,
-    )
+
+    @cache
+    def planned() -> Any:
+        pages = context // page
+        wrapper = package.mla.BatchMLAPagedAttentionWrapper(
+            torch.empty(512 << 20, dtype=torch.uint8, device="cuda"), backend="auto"
+        )
+        wrapper.plan(
+            torch.arange(batch + 1, dtype=torch.int32, device="cuda"),
+            torch.arange(batch + 1, dtype=torch.int32, device="cuda") * pages,
+            torch.arange(batch * pages, dtype=torch.int32, device="cuda"),
+            torch.full((batch,), context, dtype=torch.int32, device="cuda"),
+            heads,
+            RANK,
+            ROTARY,
+            page,
+            False,
+            SCALING,
+            torch.bfloat16,
+            torch.bfloat16,
+        )
+        return wrapper
 
     def call(one: Inputs) -> torch.Tensor:
         query = one.absorbed[:, :, 0]
-        return wrapper.run(
+        out: torch.Tensor = planned().run(
             query[..., :RANK],
             query[..., RANK:],
             one.latent.view(-1, page, RANK),
             one.rotary_key.view(-1, page, ROTARY),
-        ).unsqueeze(2)
+        )
+        return out.unsqueeze(2)
+
+    return call
+
+
+def _with_weights(
+    module: Any, call: Callable[[Inputs], torch.Tensor]
+) -> Callable[[Inputs], torch.Tensor]:
+    """An absorbed implementation with the two products by which a layer is absorbed."""
+
+    def step(one: Inputs) -> torch.Tensor:
+        return mla.project(module, call(one._replace(absorbed=mla.absorb(module, one.query))))
+
+    return step
+
+
+def _expanded(module: Any) -> Callable[[Inputs], torch.Tensor]:
+    """What Transformers runs."""
+
+    def call(one: Inputs) -> torch.Tensor:
+        key, value = module.expand_kv(one.latent, one.rotary_key)
+        out, _ = sdpa_attention_forward(module, one.query, key, value, None, scaling=SCALING)
+        return out
 
     return call
 
@@ -195,43 +229,19 @@ def _implementations(
 
         return call
 
-    module = _module(heads)
-    weight_k, weight_v = module.kv_b_proj.weight.view(heads, -1, RANK).split([NOPE, VALUE], 1)
-
-    def with_weights(call: Callable[[Inputs], torch.Tensor]) -> Callable[[Inputs], torch.Tensor]:
-        def step(one: Inputs) -> torch.Tensor:
-            query = one.query[:, :, 0].transpose(0, 1)
-            absorbed = torch.bmm(query[..., :NOPE], weight_k)
-            absorbed = torch.cat((absorbed, query[..., NOPE:]), -1).transpose(0, 1)[:, :, None]
-            out = call(one._replace(absorbed=absorbed))
-            return torch.bmm(out[:, :, 0].transpose(0, 1), weight_v.transpose(1, 2))
-
-        return step
-
-    def expanded(one: Inputs) -> torch.Tensor:
-        key, value = module.expand_kv(one.latent, one.rotary_key)
-        return sdpa_attention_forward(module, one.query, key, value, None, scaling=SCALING)[0]
-
+    module = _module(heads).to("cuda", torch.bfloat16)
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
     yield "floor", "read latents", None, lambda one: _read(one.cache, out)
     yield "ours", "dense", None, santa("dense")
-    try:
-        flashinfer = _flashinfer(heads, batch, context)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # its module was not built for this machine
-        print(f"  flashinfer mla: {error!r}"[:300], file=sys.stderr, flush=True)
-        flashinfer = None
-    if flashinfer is not None:
-        yield "peer", "flashinfer mla", None, flashinfer
+    package = _flashinfer_package()
+    if package is not None:
+        yield "peer", "flashinfer mla", None, _flashinfer(package, heads, batch, context)
     yield "peer", "matmul", None, _matmul
     for samples in SAMPLES:
         yield "ours", "prop systematic", samples, santa("systematic", samples)
     yield "ours", "dense (mask)", None, santa("dense", mask=visible)
-    yield "ours", "dense, with W", None, with_weights(santa("dense"))
-    yield "expanded", "expanded sdpa", None, expanded
+    yield "ours", "dense, with W", None, _with_weights(module, santa("dense"))
+    yield "expanded", "expanded sdpa", None, _expanded(module)
 
 
 def _value_rows(one: Inputs, samples: int | None) -> int | None:
@@ -285,20 +295,16 @@ def measure(
     inputs = _inputs(heads, batch, context)
     size = inputs[0].cache.numel() * 2
     flop_us = 2 * batch * heads * context * (2 * RANK + ROTARY) / rate * 1e6
-    try:
-        import flashinfer  # type: ignore[import-not-found]
-        import flashinfer.mla
-
-        flashinfer_version = flashinfer.__version__
-    except ImportError:
-        flashinfer_version = ""
+    package = _flashinfer_package()
     rows: list[Row] = []
     kinds: dict[str, list[float]] = {}
     for kind, name, samples, call in _implementations(heads, batch, context):
         try:
             times = _time(call, inputs, replays)
-        except (RuntimeError, NotImplementedError) as error:  # out of memory, a shape not taken
-            print(f"  {name}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        # Out of memory, a shape not taken, or a peer that was not built for this machine.
+        except (OSError, RuntimeError, ValueError) as error:
+            shape = f"{model} {batch}x{context}"
+            print(f"  no row of {name}, {shape}: {error!r}"[:300], file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
             continue
         p20, p50, p80 = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
@@ -309,7 +315,7 @@ def measure(
                 torch=torch.__version__,
                 triton=triton.__version__,
                 transformers=transformers.__version__,
-                flashinfer=flashinfer_version,
+                flashinfer="" if package is None else package.__version__,
                 commit=revision,
                 model=model,
                 heads=heads,

@@ -23,6 +23,7 @@ from ..config import LayerConfig, SantaConfig
 from ..functional import santa_decode
 from ..stats import count_as_dense, counting_value_rows, layer_stats, warn_once
 from . import mla
+from .compat import heads_of_layer
 from .configure import layer_config
 
 __all__ = ["santa_attention", "santa_mask"]
@@ -128,7 +129,7 @@ def santa_attention(
         _count(module, "multi_token")
         return _exact_attention(*exact)
 
-    latent = mla.are_latents(module, query, key)
+    latent = mla.are_latents(module, key, value)
     _check_inputs(query, key, value, attention_mask, latent)
     config = layer_config(module, santa)
     head_offset = _head_offset(module, query.shape[1])
@@ -136,13 +137,15 @@ def santa_attention(
         reason: str | None = "the heads of the layer are sharded in an unknown way"
     else:
         reason = _why_not_sampled(module, query, key, value, attention_mask, dropout, kwargs)
+    # Exact attention is what was asked for, but not to expand a cache of latents for it.
+    falls_back = config.estimator != "dense" or mla.caches_latents(module)
+    if reason is not None and falls_back:
+        _fall_back(module, reason, config)
+        return _exact_attention(*exact)
     if config.estimator == "dense":
         _count(module, "dense")
         if reason is not None:
             return _exact_attention(*exact)
-    elif reason is not None:
-        _fall_back(module, reason, config.strict)
-        return _exact_attention(*exact)
 
     if latent:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -166,7 +169,8 @@ def _check_inputs(
     latent: bool,
 ) -> None:
     """Refuse what no attention can compute, in words that name it."""
-    if query.dtype != key.dtype or query.dtype != value.dtype:
+    mixed = query.dtype != key.dtype or query.dtype != value.dtype
+    if mixed and not torch.is_autocast_enabled(query.device.type):
         raise TypeError(
             f"the query is {query.dtype}, and the cache holds {key.dtype} keys and {value.dtype} "
             "values: they must share one dtype"
@@ -190,12 +194,13 @@ def _count(module: torch.nn.Module, calls: str, samples: int = 0) -> None:
         counters.samples += samples
 
 
-def _fall_back(module: torch.nn.Module, reason: str, strict: bool) -> None:
-    """Count and announce that a decode call goes dense, or refuse it."""
-    if strict:
+def _fall_back(module: torch.nn.Module, reason: str, config: LayerConfig) -> None:
+    """Count and announce that a decode call goes dense or expands its latents, or refuse it."""
+    if config.strict:
+        wanted = "computed over its latents" if config.estimator == "dense" else "sampled"
         raise NotImplementedError(
             f"layer {getattr(module, 'layer_idx', None)} of {type(module).__name__} cannot be "
-            f"sampled under strict=True: {reason}"
+            f"{wanted} under strict=True: {reason}"
         )
     if not torch.compiler.is_compiling():
         layer_stats(module).fallbacks[reason] += 1
@@ -282,7 +287,7 @@ def _exact_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the model computes without this package: SDPA, or its own eager function where SDPA
     would ignore a feature (soft-capped scores, attention sinks) or attention weights are asked for."""
-    if mla.are_latents(module, query, key):
+    if mla.are_latents(module, key, value):
         key, value = mla.expand(module, key, value)
     mask = _chosen(mask, kwargs.get("indices"), query, key)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
@@ -365,7 +370,11 @@ def _why_not_sampled(
         query.requires_grad or key.requires_grad or value.requires_grad
     ):
         return "autograd needs a gradient"
-    if mla.are_latents(module, query, key):
+    if query.dtype != key.dtype or query.dtype != value.dtype:
+        return "autocast left the query, keys and values in different dtypes"
+    if mla.caches_latents(module):
+        if not mla.are_latents(module, key, value):
+            return "the latents were expanded beforehand (continuous batching, or an own expand_kv)"
         reason = mla.why_not_absorbed(module, query, key)
         if reason is not None:
             return reason
@@ -415,8 +424,8 @@ def _head_offset(module: torch.nn.Module, heads: int) -> int | None:
     Tensor parallelism leaves each rank an equal run of heads, in the order of the ranks; the weights
     say how they are sharded. A layer that every rank has as a whole draws alike everywhere.
     """
-    whole = getattr(getattr(module, "config", None), "num_attention_heads", heads)
-    if heads == whole:
+    whole = heads_of_layer(module)
+    if whole is None or heads == whole:
         return 0
     known = _offsets.get(module)
     if known is None or known[0] != heads:

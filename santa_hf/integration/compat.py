@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["longest_query", "paged_layer", "paged_update"]
+__all__ = ["heads_of_layer", "longest_query", "paged_layer", "paged_update"]
+
+
+def heads_of_layer(module: Any) -> int | None:
+    """Query heads of an attention layer before they are sharded; None if it does not say."""
+    config: Any = getattr(module, "config", None)
+    if not getattr(config, "is_heterogeneous", False):
+        return getattr(config, "num_attention_heads", None)
+    # Such a config answers for one layer only, with a copy of itself.
+    heads = getattr(module, "num_heads", None)
+    return config.per_layer_config[module.layer_idx].num_attention_heads if heads is None else heads
 
 
 def longest_query(kwargs: Mapping[str, Any]) -> int | None:

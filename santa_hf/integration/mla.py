@@ -20,11 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 __all__ = [
     "absorb",
     "adopt",
+    "adopt_at_load",
     "are_latents",
+    "caches_latents",
     "expand",
     "project",
     "sampling_pays",
@@ -37,7 +40,8 @@ _expansions: dict[type, _Expand | None] = {}
 
 
 def adopt(module: torch.nn.Module) -> None:
-    """Let layers of the module's class hand their latents through, if that is safe; called at each step.
+    """Let layers of the module's class hand their latents through, if that is safe; called at each step,
+    and at load, see `adopt_at_load`.
 
     It is where the layer caches latents and expands them afterwards: sparse attention of Transformers
     5.17 expands first, and caches what it expanded.
@@ -54,11 +58,10 @@ def adopt(module: torch.nn.Module) -> None:
     def expand_kv(
         self: Any, latent: torch.Tensor, rotary_key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # A subclass may use what it gets in a way of its own. Of latents as wide as a query, the
-        # attention function could not tell what they are.
+        # A subclass may use what it gets in a way of its own.
         if (
             self.config._attn_implementation != "santa"
-            or latent.shape[-1] == self.qk_nope_head_dim + self.qk_rope_head_dim
+            or _as_wide_as_heads(self, latent, rotary_key)
             or type(self) is not layer
         ):
             return original(self, latent, rotary_key)
@@ -77,9 +80,55 @@ def _expands_after_caching(layer: type) -> bool:
     return 0 <= update < expand_kv
 
 
-def are_latents(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether `key` is the latents that an adopted layer handed through, and no keys of its heads."""
-    return key.shape[-1] != query.shape[-1] and _expansions.get(type(module)) is not None
+def adopt_at_load() -> None:
+    """Adopt the layers of a model when it is made with attention "santa", or switched to it. May be
+    called again.
+
+    A layer has handed over its keys when a step adopts it: a graph traced at that step would keep
+    expanding.
+    """
+    for name in ("post_init", "set_attn_implementation"):
+        original = getattr(PreTrainedModel, name)
+        if not hasattr(original, "_santa"):
+            setattr(PreTrainedModel, name, _then_adopt(original))
+
+
+def _then_adopt(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        returned = original(self, *args, **kwargs)
+        for layer in self.modules():
+            config = getattr(layer, "config", None)
+            if (
+                hasattr(layer, "expand_kv")
+                and getattr(config, "_attn_implementation", None) == "santa"
+            ):
+                adopt(layer)
+        return returned
+
+    method._santa = True  # type: ignore[attr-defined]
+    return method
+
+
+def caches_latents(module: torch.nn.Module) -> bool:
+    """Whether the module's class was adopted: what it expands, it expands at every step."""
+    return _expansions.get(type(module)) is not None
+
+
+def are_latents(module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether these are the latents and rotary keys that an adopted layer handed through, and no keys
+    and values of its heads."""
+    return (
+        caches_latents(module)
+        and value.shape[-1] == module.qk_rope_head_dim
+        and not _as_wide_as_heads(module, key, value)
+    )
+
+
+def _as_wide_as_heads(module: Any, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether widths are those of expanded heads; of such latents nobody could tell what they are."""
+    widths = _nope(module) + module.qk_rope_head_dim, _value(module)
+    return bool((key.shape[-1], value.shape[-1]) == widths)
 
 
 def expand(
@@ -99,8 +148,9 @@ def why_not_absorbed(
     if type(linear) is not torch.nn.Linear or linear.bias is not None:
         return "kv_b_proj is not a plain linear layer (quantised, or wrapped by an adapter)"
     weight = _local_weight(linear)
-    hooked = "forward" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks
-    if hooked and weight is linear.weight:
+    forward = linear.__dict__.get("forward")
+    sharded = weight is not linear.weight and _is_tensor_parallel(forward)
+    if linear._forward_hooks or linear._forward_pre_hooks or not (forward is None or sharded):
         return "kv_b_proj has hooks (offloaded or sharded)"
     rows = query.shape[1] * (_nope(module) + _value(module))
     plain = type(weight) in (torch.nn.Parameter, torch.Tensor)
@@ -111,6 +161,13 @@ def why_not_absorbed(
     if torch.is_grad_enabled() and weight.requires_grad:
         return "autograd needs a gradient"
     return None
+
+
+def _is_tensor_parallel(forward: Any) -> bool:
+    """Whether a linear layer's own `forward` is the one by which Transformers' tensor parallelism brings
+    a sharded weight along. A wrapper around it copies its names, but not its globals."""
+    written_in = getattr(forward, "__globals__", {}).get("__name__")
+    return bool(written_in == "transformers.distributed.tensor_parallel")
 
 
 def absorb(module: torch.nn.Module, query: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ def install() -> None:
 
 
 def register() -> None:
-    """Register the attention and mask functions under "santa", and the caches that go with them.
+    """Register the attention and mask functions under "santa", and what goes with them.
 
     May be called again.
     """
@@ -48,6 +48,7 @@ def register() -> None:
 
     from .attention import santa_attention, santa_mask
     from .cache import use_in_place_layers
+    from .mla import adopt_at_load
     from .paged import PAGED, allow_continuous_batching, santa_paged_attention, santa_paged_mask
 
     AttentionInterface.register(_NAME, santa_attention)
@@ -55,6 +56,7 @@ def register() -> None:
     AttentionInterface.register(PAGED, santa_paged_attention)
     AttentionMaskInterface.register(PAGED, santa_paged_mask)
     use_in_place_layers()
+    adopt_at_load()
     allow_continuous_batching()
 
 

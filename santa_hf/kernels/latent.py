@@ -24,7 +24,7 @@ from ..reference import TILE
 from . import launch
 from .common import LOG2E, log2_weights, row_offsets, weight_units
 
-__all__ = ["dense", "prop", "scores", "why_not"]
+__all__ = ["decode", "dense", "prop", "scores", "why_not"]
 
 MAX_HEADS = 128
 MAX_RANK = 512
@@ -33,13 +33,15 @@ MAX_ROTARY = 128
 # Measured on an H100, see eval/bench/results/mla.md. None of them changes a draw.
 HEAD_BLOCK = 64  # heads of a program: 128 of them times a rank of 512 fill the whole register file
 TILE_KEYS, WARPS, BUFFERS = 64, 8, 2  # BUFFERS: tiles in shared memory at a time
-MERGE_ELEMENTS, MERGE_COLUMNS, MERGE_WARPS = 4096, 32, 4  # of the splits' outputs, in a program
+SPLIT_KEYS = 512  # keys of a split at least: a program writes 4 R bytes a head whatever it reads
 SCORE_COLUMNS, SCORE_WARPS, SCORE_STAGES = 64, 8, 3
 
 
 @triton.jit(
-    do_not_specialize=["N", "stride_qb", "stride_qh", "stride_cb", "stride_eb", "stride_mb"]
-)
+    do_not_specialize=[
+        "N", "split_tiles", "stride_qb", "stride_qh", "stride_cb", "stride_eb", "stride_mb"
+    ]
+)  # fmt: skip
 def latent_kernel(
     p_query,  # (B, H, 1, R + E)
     p_latent,  # (B, 1, N, R)
@@ -52,6 +54,7 @@ def latent_kernel(
     p_mass,  # (B, H, splits) float32
     scale: tl.float32,
     N: tl.int32,
+    split_tiles: tl.int32,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_cb: tl.int64,
@@ -77,9 +80,9 @@ def latent_kernel(
 ):
     """One split of the keys for a block of heads; grid (splits * blocks of heads, B).
 
-    A split is a share of the keys between the row's first and last visible one. Blocks of heads are
-    neighbours in the grid, so that they find a latent in L2 together. STAGES is for Hopper and 64 heads,
-    whose products read shared memory, else None.
+    Splits are counted from the row's first visible key; those beyond its last one are empty. Blocks of
+    heads are neighbours in the grid, so that they find a latent in L2 together. STAGES is for Hopper and
+    64 heads, whose products read shared memory, else None.
     """
     HEAD_BLOCKS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     i_split, i_block = tl.program_id(0) // HEAD_BLOCKS, tl.program_id(0) % HEAD_BLOCKS
@@ -99,10 +102,8 @@ def latent_kernel(
         p_mask += i_b * stride_mb
         start = tl.load(p_span + 2 * i_b)
         stop = tl.load(p_span + 2 * i_b + 1) + 1
-    tiles = (stop - start + BLOCK_N - 1) // BLOCK_N
-    split_keys = (tiles + splits - 1) // splits * BLOCK_N
-    start += i_split * split_keys
-    stop = min(stop, start + split_keys)
+    start += i_split * split_tiles * BLOCK_N
+    stop = min(stop, start + split_tiles * BLOCK_N)
 
     p_query += tl.multiple_of(i_b * stride_qb, ALIGN_Q)
     o_query = tl.multiple_of(o_h * stride_qh, ALIGN_Q)[:, None]
@@ -173,47 +174,6 @@ def latent_kernel(
     )
     tl.store(p_top + o_split, b_top, mask=in_h)
     tl.store(p_mass + o_split, tl.sum(b_mass, axis=1), mask=in_h)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def merge_kernel(
-    p_partial,  # (B, H, splits, R) float32
-    p_top,  # (B, H, splits) float32
-    p_mass,  # (B, H, splits) float32
-    p_only,  # (B,) uint8, zero for rows that are left alone
-    p_out,  # (B, H, 1, R)
-    splits: tl.int32,
-    R: tl.constexpr,
-    HAS_ONLY: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Merge the splits of one head, all of them at once; grid (blocks of columns, H, B)."""
-    i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i_row = i_b * tl.num_programs(1) + i_h
-    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_s = tl.arange(0, BLOCK_S)
-    in_s = o_s < splits
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if HAS_ONLY:
-        if tl.load(p_only + i_b) == 0:
-            return
-    o_split = i_row * splits + o_s
-    b_part = tl.load(
-        p_partial + o_split[:, None] * R + o_r[None, :],
-        mask=in_s[:, None] & (o_r < R)[None, :],
-        other=0.0,
-    )
-    b_top = tl.load(p_top + o_split, mask=in_s, other=float("-inf"))
-    b_mass = tl.load(p_mass + o_split, mask=in_s, other=0.0)
-    top = tl.max(b_top, axis=0)
-    b_scale = tl.exp2(b_top - tl.where(top == float("-inf"), 0.0, top))
-    mass = tl.sum(b_mass * b_scale, axis=0)
-    b_out = tl.sum(b_part * b_scale[:, None], axis=0)
-    b_out = tl.where(mass == 0.0, 0.0, b_out / mass)
-    tl.store(p_out + i_row * R + o_r, b_out.to(p_out.dtype.element_ty), mask=o_r < R)
 
 
 @triton.jit(
@@ -316,13 +276,14 @@ def why_not(
     value: torch.Tensor,
     rotary_key: torch.Tensor,
     kernel: str = "prop",
+    estimator: str = "systematic",
     scored: bool = False,
 ) -> str | None:
     """Why these kernels cannot run on a step, in the words of an error; None if they can.
 
     `scored` says that scores are soft-capped or joined by sinks, which no latent attention has.
     """
-    if kernel == "flash":
+    if kernel == "flash" and estimator != "dense":
         return "there is no one-pass sampling kernel over latents"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"Triton kernels over latents take 16-bit floats, and query is {query.dtype}"
@@ -337,6 +298,34 @@ def why_not(
     return launch.why_not(query, key, value)
 
 
+def decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    rotary_key: torch.Tensor,
+    samples: int,
+    estimator: str,
+    scaling: float,
+    mask: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    layer: int,
+    position: torch.Tensor | None,
+    head_offset: int,
+    softcap: None,
+    sinks: None,
+    exact: torch.Tensor | None,
+) -> torch.Tensor:
+    """One decode step over latents, exact or sampled; arguments and result as in `santa_decode`."""
+    if estimator == "dense":
+        return dense(query, key, value, rotary_key=rotary_key, scaling=scaling, mask=mask)
+    return prop(
+        query, key, value, rotary_key=rotary_key, samples=samples, estimator=estimator,
+        scaling=scaling, mask=mask, seed=seed, layer=layer, position=position,
+        head_offset=head_offset, exact=exact,
+    )  # fmt: skip
+
+
 def dense(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -345,11 +334,10 @@ def dense(
     rotary_key: torch.Tensor,
     scaling: float,
     mask: torch.Tensor | None,
-    **_: object,
 ) -> torch.Tensor:
     """Exact attention over latents: `key` is also the value, and the rest as in `santa_decode`."""
     out = query.new_empty(*query.shape[:3], key.shape[3])
-    mask, span = launch._visible(mask, query.shape[0], True)
+    mask, span = launch.visible(mask, query.shape[0], True)
     _dense(query, key, rotary_key, out, mask, span, scaling=scaling, only=None)
     return out
 
@@ -370,10 +358,9 @@ def prop(
     head_offset: int = 0,
     exact: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
-    **_: object,
 ) -> torch.Tensor:
     """One sampled step over latents in two passes; arguments as in `launch.prop`."""
-    mask, span = launch._visible(mask, query.shape[0], True)
+    mask, span = launch.visible(mask, query.shape[0], True)
     weights = scores(
         query, key, rotary_key=rotary_key, scaling=scaling, mask=mask, span=span, exact=exact
     )
@@ -398,12 +385,7 @@ def _dense(
     scaling: float,
     only: torch.Tensor | None,
 ) -> None:
-    """Exact attention for the rows of `out` that `only`, bool (B,), names; None for all.
-
-    Splits are shared out by batch and heads together, such that programs fill the GPU once: a program
-    writes 4 R bytes a head whatever it reads, and with splits by length alone these would outweigh the
-    latents in a batch. So outputs may differ in rounding from those of another batch size.
-    """
+    """Exact attention for the rows of `out` that `only`, bool (B,), names; None for all."""
     batch, heads = query.shape[:2]
     length, rank = key.shape[2:]
     block_h = HEAD_BLOCK if heads > 16 and _multiplies_64_rows(query.device) else 16
@@ -411,32 +393,30 @@ def _dense(
     row_bytes = (block_r + block_e) * query.element_size()
     block_n = TILE_KEYS
     taken = block_h * (row_bytes + block_n * query.element_size())
-    room = launch._shared_memory(query.device) + 16 * 1024 - taken
+    room = launch.shared_memory(query.device) + 16 * 1024 - taken
     while block_n > 16 and BUFFERS * block_n * row_bytes > room:
         block_n //= 2
-    blocks = triton.cdiv(heads, block_h)
-    most = max(1, launch._processors(query.device) // (blocks * batch))
-    splits = min(most, triton.cdiv(length, block_n))
-    partial, top, mass = launch._partials(out, splits)
-    block_s = triton.next_power_of_2(most)  # of `most`, lest a growing cache compile again
-    columns = min(block_r, max(MERGE_COLUMNS, MERGE_ELEMENTS // block_s))
-    with launch._device(query):
+    blocks = launch.ceil_div(heads, block_h)
+    split_tiles = _split_tiles(length, block_n, blocks, query.device)
+    splits = launch.ceil_div(launch.ceil_div(length, block_n), split_tiles)
+    partial, top, mass = launch.partials(out, splits)
+    with launch.on_device(query):
         latent_kernel[(splits * blocks, batch)](
-            query, key, rotary_key, mask, span, launch._bytes(only), partial, top, mass,
-            scaling * LOG2E.value, length,
+            query, key, rotary_key, mask, span, launch.as_bytes(only), partial, top, mass,
+            scaling * LOG2E.value, length, split_tiles,
             query.stride(0), query.stride(1), key.stride(0), rotary_key.stride(0),
-            launch._mask_stride(mask, 0),
+            launch.mask_stride(mask, 0),
             STRIDE_CN=key.stride(2),
             STRIDE_EN=rotary_key.stride(2),
-            STRIDE_MN=launch._mask_stride(mask, 1),
+            STRIDE_MN=launch.mask_stride(mask, 1),
             H=heads,
             R=rank,
             E=rotary_key.shape[3],
             HAS_MASK=mask is not None,
             HAS_ONLY=only is not None,
-            ALIGN_Q=launch._alignment(query),
-            ALIGN_C=launch._alignment(key),
-            ALIGN_E=launch._alignment(rotary_key),
+            ALIGN_Q=launch.alignment(query),
+            ALIGN_C=launch.alignment(key),
+            ALIGN_E=launch.alignment(rotary_key),
             BLOCK_H=block_h,
             BLOCK_N=block_n,
             BLOCK_R=block_r,
@@ -444,17 +424,21 @@ def _dense(
             STAGES=BUFFERS if block_h == HEAD_BLOCK else None,
             num_warps=WARPS,
             num_stages=BUFFERS + 1,
-            **launch._dependent(query.device),
+            **launch.dependent(query.device),
         )  # fmt: skip
-        merge_kernel[(triton.cdiv(rank, columns), heads, batch)](
-            partial, top, mass, launch._bytes(only), out, splits,
-            R=rank,
-            HAS_ONLY=only is not None,
-            BLOCK_S=block_s,
-            BLOCK_R=columns,
-            num_warps=MERGE_WARPS,
-            **launch._dependent(query.device),
-        )  # fmt: skip
+    launch.combine(partial, top, mass, out, splits, None, only)
+
+
+def _split_tiles(length: int, tile: int, blocks: int, device: torch.device) -> int:
+    """Tiles of a split: a power of two that depends on the bucket of N, the layer's shape and the
+    GPU, never on the batch, so that a row is computed alike alone and in a batch.
+
+    The splits of one row fill the GPU once, a program a multiprocessor, if they keep SPLIT_KEYS.
+    """
+    tiles = triton.next_power_of_2(launch.ceil_div(length, tile))
+    programs = max(1, launch.processors(device) // blocks)
+    most = triton.next_power_of_2(programs + 1) // 2
+    return max(1, tiles // most, SPLIT_KEYS // tile)
 
 
 @cache
@@ -482,28 +466,28 @@ def scores(
     top = torch.empty((batch, heads, n_tiles), dtype=torch.float32, device=device)
     total = torch.empty((batch, heads, n_tiles), dtype=torch.int32, device=device)
     done = torch.empty((batch, heads), dtype=torch.int32, device=device)
-    with launch._device(query):
+    with launch.on_device(query):
         latent_scores_kernel[(n_tiles, batch)](
-            query, key, rotary_key, mask, span, launch._bytes(exact), stash, top, total, done,
+            query, key, rotary_key, mask, span, launch.as_bytes(exact), stash, top, total, done,
             scaling * LOG2E.value, length,
             query.stride(0), query.stride(1), key.stride(0), rotary_key.stride(0),
-            launch._mask_stride(mask, 0),
+            launch.mask_stride(mask, 0),
             STRIDE_CN=key.stride(2),
             STRIDE_EN=rotary_key.stride(2),
-            STRIDE_MN=launch._mask_stride(mask, 1),
+            STRIDE_MN=launch.mask_stride(mask, 1),
             H=heads,
             R=rank,
             E=rotary_key.shape[3],
             HAS_MASK=mask is not None,
             HAS_EXACT=exact is not None,
             TILE=TILE,
-            ALIGN_Q=launch._alignment(query),
-            ALIGN_C=launch._alignment(key),
-            ALIGN_E=launch._alignment(rotary_key),
+            ALIGN_Q=launch.alignment(query),
+            ALIGN_C=launch.alignment(key),
+            ALIGN_E=launch.alignment(rotary_key),
             BLOCK_H=max(16, triton.next_power_of_2(heads)),
             BLOCK_D=SCORE_COLUMNS,
             num_warps=SCORE_WARPS,
             num_stages=SCORE_STAGES,
-            **launch._dependent(device),
+            **launch.dependent(device),
         )  # fmt: skip
     return stash, top, total, done

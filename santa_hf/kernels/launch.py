@@ -85,7 +85,7 @@ def scores(
     """
     batch, heads, _, dim = query.shape
     kv_heads, length = key.shape[1:3]
-    n_tiles = _ceil_div(length, TILE)
+    n_tiles = ceil_div(length, TILE)
     rows, device = (batch, heads, n_tiles), query.device
     group = (batch, kv_heads, n_tiles, heads // kv_heads, TILE)
     stash = torch.empty(group, dtype=torch.float16, device=device)
@@ -93,25 +93,25 @@ def scores(
     total = torch.empty(rows, dtype=torch.int32, device=device)
     done = torch.empty(batch, heads, dtype=torch.int32, device=device)
     scale, cap = _exponent_scale(scaling, softcap)
-    with _device(query):
+    with on_device(query):
         scores_kernel[(n_tiles, kv_heads, batch)](
-            query, key, mask, span, _bytes(exact), stash, top, total, done, scale, cap, length,
-            query.stride(0), query.stride(1), key.stride(0), key.stride(1), _mask_stride(mask, 0),
+            query, key, mask, span, as_bytes(exact), stash, top, total, done, scale, cap, length,
+            query.stride(0), query.stride(1), key.stride(0), key.stride(1), mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
-            STRIDE_MN=_mask_stride(mask, 1),
+            STRIDE_MN=mask_stride(mask, 1),
             G=heads // kv_heads,
             D=dim,
             HAS_MASK=mask is not None,
             HAS_EXACT=exact is not None,
             HAS_SOFTCAP=softcap is not None,
             TILE=TILE,
-            ALIGN_Q=_alignment(query),
-            ALIGN=_alignment(key),
+            ALIGN_Q=alignment(query),
+            ALIGN=alignment(key),
             BLOCK_G=_block_of_group(heads // kv_heads),
             BLOCK_D=_block_of(dim),
             num_warps=SCORE_WARPS,
             num_stages=1,
-            **_dependent(device),
+            **dependent(device),
         )  # fmt: skip
     return stash, top, total, done
 
@@ -138,7 +138,7 @@ def prop(
 
     `index`, int64 (B, H, samples), receives the keys drawn, -1 where a draw fell on the sink.
     """
-    mask, span = _visible(mask, query.shape[0], position is None or exact is not None)
+    mask, span = visible(mask, query.shape[0], position is None or exact is not None)
     weights = scores(
         query, key, scaling=scaling, mask=mask, span=span, exact=exact, softcap=softcap
     )
@@ -176,14 +176,14 @@ def sample(
     batch, heads = out.shape[:2]
     kv_heads, length, value_dim = value.shape[1:]
     blocks = _sample_blocks(samples)
-    chunks = _ceil_div(samples, blocks["BLOCK_S"])
+    chunks = ceil_div(samples, blocks["BLOCK_S"])
     partial = out
     if chunks > 1:
         partial = out.new_empty(batch * heads * chunks * value_dim, dtype=torch.float32)
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
-    with _device(out):
+    with on_device(out):
         sample_kernel[(chunks, heads, batch)](
-            value, span, _bytes(exact), _contiguous(sinks), row_seed, _per_row(position, batch),
+            value, span, as_bytes(exact), _contiguous(sinks), row_seed, _per_row(position, batch),
             stash, top, total, done, partial, index, out,
             seed, length - 1, layer, head_offset, samples, length, top.shape[2],
             value.stride(0), value.stride(1),
@@ -202,10 +202,10 @@ def sample(
             SAMPLE=int(Stream.SAMPLE),
             TILE=TILE,
             PART=PART,
-            ALIGN=_alignment(value),
+            ALIGN=alignment(value),
             BLOCK_DV=_block_of(value_dim),
             **blocks,
-            **_dependent(out.device),
+            **dependent(out.device),
         )  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def fused(
     """One decode step in one pass, exact or with a fixed budget per tile; as in `santa_decode`."""
     batch, heads = query.shape[:2]
     out = query.new_empty(batch, heads, 1, value.shape[-1])
-    mask, span = _visible(mask, batch, True)
+    mask, span = visible(mask, batch, True)
     if estimator == "dense":
         exact = None
     else:
@@ -265,19 +265,19 @@ def _dense(
     block_g = _block_of_group(heads // kv_heads)
     block_d, block_dv = _one_pass_blocks(query, value_dim, block_g)
     tile_bytes = DENSE_TILE * (dim + block_dv) * query.element_size()
-    value_blocks = _ceil_div(value_dim, block_dv)
+    value_blocks = ceil_div(value_dim, block_dv)
     split_tiles = _split_tiles(length, DENSE_TILE, kv_heads * value_blocks, query.device)
-    splits = _ceil_div(_ceil_div(length, DENSE_TILE), split_tiles)
-    partial, top, mass = _partials(out, splits)
+    splits = ceil_div(ceil_div(length, DENSE_TILE), split_tiles)
+    partial, top, mass = partials(out, splits)
     scale, cap = _exponent_scale(scaling, softcap)
-    with _device(query):
+    with on_device(query):
         dense_kernel[(splits * value_blocks, kv_heads, batch)](
-            query, key, value, mask, span, _bytes(only), partial, top, mass, scale, cap, length,
+            query, key, value, mask, span, as_bytes(only), partial, top, mass, scale, cap, length,
             split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
-            value.stride(0), value.stride(1), _mask_stride(mask, 0),
+            value.stride(0), value.stride(1), mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
             STRIDE_VN=value.stride(2),
-            STRIDE_MN=_mask_stride(mask, 1),
+            STRIDE_MN=mask_stride(mask, 1),
             G=heads // kv_heads,
             D=dim,
             DV=value_dim,
@@ -285,18 +285,18 @@ def _dense(
             HAS_ONLY=only is not None,
             HAS_SOFTCAP=softcap is not None,
             TILE=DENSE_TILE,
-            ALIGN_Q=_alignment(query),
-            ALIGN_K=_alignment(key),
-            ALIGN_V=_alignment(value),
+            ALIGN_Q=alignment(query),
+            ALIGN_K=alignment(key),
+            ALIGN_V=alignment(value),
             BLOCK_G=block_g,
             BLOCK_D=block_d,
             BLOCK_DV=block_dv,
             VALUE_BLOCKS=value_blocks,
             num_warps=DENSE_WARPS,
             num_stages=_stages(DENSE_STAGES, tile_bytes, query.device),
-            **_dependent(query.device),
+            **dependent(query.device),
         )  # fmt: skip
-    _combine(partial, top, mass, out, splits, sinks, only)
+    combine(partial, top, mass, out, splits, sinks, only)
 
 
 def _flash(
@@ -325,22 +325,22 @@ def _flash(
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
     block_g = min(_block_of_group(group), FLASH_GROUP)
     block_d, block_dv = _one_pass_blocks(query, value_dim, block_g)
-    value_blocks, group_blocks = _ceil_div(value_dim, block_dv), _ceil_div(group, block_g)
+    value_blocks, group_blocks = ceil_div(value_dim, block_dv), ceil_div(group, block_g)
     split_tiles = _split_tiles(
         length, FIXED_TILE, kv_heads * value_blocks * group_blocks, query.device
     )
-    splits = _ceil_div(_ceil_div(length, FIXED_TILE), split_tiles)
-    partial, top, mass = _partials(out, splits)
+    splits = ceil_div(ceil_div(length, FIXED_TILE), split_tiles)
+    partial, top, mass = partials(out, splits)
     scale, cap = _exponent_scale(scaling, softcap)
-    with _device(query):
+    with on_device(query):
         flash_kernel[(splits * value_blocks * group_blocks, kv_heads, batch)](
-            query, key, value, mask, span, _bytes(only), row_seed, _per_row(position, batch),
+            query, key, value, mask, span, as_bytes(only), row_seed, _per_row(position, batch),
             partial, top, mass, scale, cap, seed, layer, head_offset, samples, length,
             split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
-            value.stride(0), value.stride(1), _mask_stride(mask, 0),
+            value.stride(0), value.stride(1), mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
             STRIDE_VN=value.stride(2),
-            STRIDE_MN=_mask_stride(mask, 1),
+            STRIDE_MN=mask_stride(mask, 1),
             G=group,
             D=dim,
             DV=value_dim,
@@ -353,9 +353,9 @@ def _flash(
             FIXED_TILE=int(Stream.FIXED_TILE),
             FIXED_SAMPLE=int(Stream.FIXED_SAMPLE),
             TILE=FIXED_TILE,
-            ALIGN_Q=_alignment(query),
-            ALIGN_K=_alignment(key),
-            ALIGN_V=_alignment(value),
+            ALIGN_Q=alignment(query),
+            ALIGN_K=alignment(key),
+            ALIGN_V=alignment(value),
             BLOCK_G=block_g,
             BLOCK_D=block_d,
             BLOCK_DV=block_dv,
@@ -363,12 +363,12 @@ def _flash(
             GROUP_BLOCKS=group_blocks,
             num_warps=FLASH_WARPS,
             num_stages=1,
-            **_dependent(query.device),
+            **dependent(query.device),
         )  # fmt: skip
-    _combine(partial, top, mass, out, splits, sinks, only)
+    combine(partial, top, mass, out, splits, sinks, only)
 
 
-def _partials(out: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def partials(out: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unnormalised outputs (B, H, splits, Dv), their maxima and their masses (B, H, splits)."""
     batch, heads, _, value_dim = out.shape
     partial = torch.empty(batch, heads, splits, value_dim, dtype=torch.float32, device=out.device)
@@ -376,7 +376,7 @@ def _partials(out: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tenso
     return partial, top, torch.empty_like(top)
 
 
-def _combine(
+def combine(
     partial: torch.Tensor,
     top: torch.Tensor,
     mass: torch.Tensor,
@@ -387,22 +387,22 @@ def _combine(
 ) -> None:
     batch, heads, _, value_dim = out.shape
     block_dv = min(triton.next_power_of_2(value_dim), COMBINE_COLUMNS)
-    with _device(out):
-        combine_kernel[(_ceil_div(value_dim, block_dv), heads, batch)](
-            partial, top, mass, _bytes(only), _contiguous(sinks), out, splits,
+    with on_device(out):
+        combine_kernel[(ceil_div(value_dim, block_dv), heads, batch)](
+            partial, top, mass, as_bytes(only), _contiguous(sinks), out, splits,
             DV=value_dim,
             HAS_ONLY=only is not None,
             HAS_SINKS=sinks is not None,
             BLOCK_S=COMBINE_SPLITS,
             BLOCK_DV=block_dv,
             num_warps=COMBINE_WARPS,
-            **_dependent(out.device),
+            **dependent(out.device),
         )  # fmt: skip
 
 
 def _stages(wanted: int, tile_bytes: int, device: torch.device) -> int:
     """Software pipeline stages whose tiles fit in shared memory."""
-    return max(1, min(wanted, _shared_memory(device) // tile_bytes))
+    return max(1, min(wanted, shared_memory(device) // tile_bytes))
 
 
 def _one_pass_blocks(query: torch.Tensor, value_dim: int, block_g: int) -> tuple[int, int]:
@@ -416,8 +416,8 @@ def _one_pass_blocks(query: torch.Tensor, value_dim: int, block_g: int) -> tuple
 def _split_tiles(length: int, tile: int, programs: int, device: torch.device) -> int:
     """Tiles of a split: by N, the layer's shape and the GPU, never by the batch, so that a row is
     computed alike alone and in a batch."""
-    splits = triton.next_power_of_2(_ceil_div(SPLIT_WAVES * _processors(device), programs))
-    return _ceil_div(_ceil_div(length, tile), splits)
+    splits = triton.next_power_of_2(ceil_div(SPLIT_WAVES * processors(device), programs))
+    return ceil_div(ceil_div(length, tile), splits)
 
 
 @cache
@@ -426,14 +426,14 @@ def _supported(device: torch.device) -> bool:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
-def _shared_memory(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
     """Bytes that the tiles of a program may take, with room left for its reductions."""
     if device.type != "cuda":
         return 1
@@ -444,7 +444,7 @@ def _shared_memory(device: torch.device) -> int:
 
 
 @cache
-def _dependent(device: torch.device) -> dict[str, bool]:
+def dependent(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that may be launched before the one it depends on has ended (Hopper and
     later): it waits on the device before it reads anything."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
@@ -452,12 +452,12 @@ def _dependent(device: torch.device) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True}
 
 
-def _device(tensor: torch.Tensor) -> "torch.cuda.device":
+def on_device(tensor: torch.Tensor) -> "torch.cuda.device":
     """The CUDA device of a tensor as a context; without CUDA (the interpreter) it does nothing."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     """Triton's own, made for compiled code, costs the host more than a microsecond."""
     return -(-a // b)
 
@@ -495,7 +495,7 @@ def _block_of(dim: int) -> int:
     return 128 if dim % 128 == 0 or dim % 64 else 64
 
 
-def _alignment(tensor: torch.Tensor) -> int:
+def alignment(tensor: torch.Tensor) -> int:
     """Elements, at most 16 bytes of them, that the start of every head of K or V is a multiple of."""
     align = 16 // tensor.element_size()
     offsets = [tensor.stride(i) for i in (0, 1) if tensor.shape[i] > 1]
@@ -511,7 +511,7 @@ def _exponent_scale(scaling: float, softcap: float | None) -> tuple[float, float
     return scaling / softcap, softcap * LOG2E.value
 
 
-def _visible(
+def visible(
     mask: torch.Tensor | None, batch: int, has_last: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The mask as bytes (B, N), 0 its stride where it is expanded, and its span, see `span_kernel`."""
@@ -519,23 +519,23 @@ def _visible(
         return None, None
     rows = mask.view(torch.uint8).expand(batch, 1, 1, -1)[:, 0, 0]
     span = torch.empty(batch, 2, dtype=torch.int32, device=mask.device)
-    with _device(mask):
+    with on_device(mask):
         span_kernel[(batch,)](
             rows, span, rows.shape[1], rows.stride(0),
             STRIDE_MN=rows.stride(1),
             HAS_LAST=has_last,
             BLOCK=4096,
-            PDL=_dependent(mask.device)["PDL"],
+            PDL=dependent(mask.device)["PDL"],
             num_warps=16,
         )  # fmt: skip
     return rows, span
 
 
-def _mask_stride(rows: torch.Tensor | None, axis: int) -> int:
+def mask_stride(rows: torch.Tensor | None, axis: int) -> int:
     return 0 if rows is None else rows.stride(axis)
 
 
-def _bytes(rows: torch.Tensor | None) -> torch.Tensor | None:
+def as_bytes(rows: torch.Tensor | None) -> torch.Tensor | None:
     return None if rows is None else rows.contiguous().view(torch.uint8)
 
 
