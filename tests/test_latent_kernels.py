@@ -163,7 +163,7 @@ def test_exact_rows_are_dense_and_the_others_are_not_touched(mask: str | None) -
 
 
 @each_mask
-def test_rows_of_a_batch_are_those_computed_alone(mask: str | None) -> None:
+def test_rows_of_a_batch_are_those_computed_alone_up_to_rounding(mask: str | None) -> None:
     """Also where the splits of one row fill a GPU, and those of a batch are too many for it."""
     query, latents, rotary_key, keywords = case(
         (33, 32, 5000, 512, 64, BF16) if CUDA else (4, 5, 2100, 20, 8, F16), mask
@@ -176,7 +176,9 @@ def test_rows_of_a_batch_are_those_computed_alone(mask: str | None) -> None:
         alone = latent.dense(
             query[row], latents[row], latents[row], rotary_key=rotary_key[row], **one
         )
-        torch.testing.assert_close(together[row], alone, rtol=0, atol=0, equal_nan=True)
+        # Two orders of float32 sums, each rounded once.
+        atol = 2 * torch.finfo(alone.dtype).eps * alone.nan_to_num().abs().max().item()
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=atol, equal_nan=True)
         assert alone.isfinite().all() == (b != 1)
 
 

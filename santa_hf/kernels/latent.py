@@ -33,13 +33,12 @@ MAX_ROTARY = 128
 # Measured on an H100, see eval/bench/results/mla.md. None of them changes a draw.
 HEAD_BLOCK = 64  # heads of a program: 128 of them times a rank of 512 fill the whole register file
 TILE_KEYS, WARPS, BUFFERS = 64, 8, 2  # BUFFERS: tiles in shared memory at a time
-SPLIT_KEYS = 512  # keys of a split at least: a program writes 4 R bytes a head whatever it reads
 SCORE_COLUMNS, SCORE_WARPS, SCORE_STAGES = 64, 8, 3
 
 
 @triton.jit(
     do_not_specialize=[
-        "N", "split_tiles", "stride_qb", "stride_qh", "stride_cb", "stride_eb", "stride_mb"
+        "N", "stride_qb", "stride_qh", "stride_cb", "stride_eb", "stride_mb",
     ]
 )  # fmt: skip
 def latent_kernel(
@@ -54,7 +53,6 @@ def latent_kernel(
     p_mass,  # (B, H, splits) float32
     scale: tl.float32,
     N: tl.int32,
-    split_tiles: tl.int32,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_cb: tl.int64,
@@ -80,7 +78,7 @@ def latent_kernel(
 ):
     """One split of the keys for a block of heads; grid (splits * blocks of heads, B).
 
-    Splits are counted from the row's first visible key; those beyond its last one are empty. Blocks of
+    The splits share out the keys from the row's first visible one to its last. Blocks of
     heads are neighbours in the grid, so that they find a latent in L2 together. STAGES is for Hopper and
     64 heads, whose products read shared memory, else None.
     """
@@ -102,8 +100,10 @@ def latent_kernel(
         p_mask += i_b * stride_mb
         start = tl.load(p_span + 2 * i_b)
         stop = tl.load(p_span + 2 * i_b + 1) + 1
-    start += i_split * split_tiles * BLOCK_N
-    stop = min(stop, start + split_tiles * BLOCK_N)
+    tiles = (stop - start + BLOCK_N - 1) // BLOCK_N
+    split_keys = (tiles + splits - 1) // splits * BLOCK_N
+    start += i_split * split_keys
+    stop = min(stop, start + split_keys)
 
     p_query += tl.multiple_of(i_b * stride_qb, ALIGN_Q)
     o_query = tl.multiple_of(o_h * stride_qh, ALIGN_Q)[:, None]
@@ -385,7 +385,13 @@ def _dense(
     scaling: float,
     only: torch.Tensor | None,
 ) -> None:
-    """Exact attention for the rows of `out` that `only`, bool (B,), names; None for all."""
+    """Exact attention for the rows of `out` that `only`, bool (B,), names; None for all.
+
+    Splits are shared out by batch and heads together, such that programs fill the GPU once: a program
+    leaves 128 KiB of partial output, as much as 110 latents have. Splits by the row alone, which would
+    give a row the same bits in any batch, take 1.5 times as long in a batch (H100, 128 heads, 8 x 32k:
+    289 us against 186), so here alone an output may differ in rounding from that of another batch.
+    """
     batch, heads = query.shape[:2]
     length, rank = key.shape[2:]
     block_h = HEAD_BLOCK if heads > 16 and _multiplies_64_rows(query.device) else 16
@@ -397,13 +403,13 @@ def _dense(
     while block_n > 16 and BUFFERS * block_n * row_bytes > room:
         block_n //= 2
     blocks = launch.ceil_div(heads, block_h)
-    split_tiles = _split_tiles(length, block_n, blocks, query.device)
-    splits = launch.ceil_div(launch.ceil_div(length, block_n), split_tiles)
+    most = max(1, launch.processors(query.device) // (blocks * batch))
+    splits = min(most, launch.ceil_div(length, block_n))
     partial, top, mass = launch.partials(out, splits)
     with launch.on_device(query):
         latent_kernel[(splits * blocks, batch)](
             query, key, rotary_key, mask, span, launch.as_bytes(only), partial, top, mass,
-            scaling * LOG2E.value, length, split_tiles,
+            scaling * LOG2E.value, length,
             query.stride(0), query.stride(1), key.stride(0), rotary_key.stride(0),
             launch.mask_stride(mask, 0),
             STRIDE_CN=key.stride(2),
@@ -427,18 +433,6 @@ def _dense(
             **launch.dependent(query.device),
         )  # fmt: skip
     launch.combine(partial, top, mass, out, splits, None, only)
-
-
-def _split_tiles(length: int, tile: int, blocks: int, device: torch.device) -> int:
-    """Tiles of a split: a power of two that depends on the bucket of N, the layer's shape and the
-    GPU, never on the batch, so that a row is computed alike alone and in a batch.
-
-    The splits of one row fill the GPU once, a program a multiprocessor, if they keep SPLIT_KEYS.
-    """
-    tiles = triton.next_power_of_2(launch.ceil_div(length, tile))
-    programs = max(1, launch.processors(device) // blocks)
-    most = triton.next_power_of_2(programs + 1) // 2
-    return max(1, tiles // most, SPLIT_KEYS // tile)
 
 
 @cache
