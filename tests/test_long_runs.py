@@ -9,63 +9,110 @@ import gc
 import os
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from transformers import DynamicCache, StaticCache, StoppingCriteria
+from transformers import DynamicCache, PreTrainedModel, StaticCache, StoppingCriteria
 
 from santa_hf.integration.cache import CHUNK, InPlaceLayer
 
 TOKENS = int(os.environ.get("SANTA_HF_LONG_RUN", "1500"))
 PROMPT = tiny.prompts(100)[0]
+LONG_PROMPT = tiny.prompts(2000)[0]
+ROW = 4 * tiny.KV_HEADS * 2 * 16  # bytes of one token's keys and values in one layer
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the memory behind these tensors, each once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    return bytes_of(states for layer in cache.layers for states in (layer.keys, layer.values))
 
 
 class Watch(StoppingCriteria):
-    """Notes the time of every step, and now and then the tensors alive and the room in the cache."""
+    """Notes the processor time of every step, and now and then the bytes of all tensors alive and of
+    the cache. (Wall time would also count other processes.)"""
 
     def __init__(self, cache: DynamicCache) -> None:
         self.cache = cache
         self.times: list[float] = []
-        self.tensors: list[int] = []
+        self.tokens: list[int] = []
+        self.others: list[int] = []
+        self.cached: list[int] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        if len(self.times) % 500 == 499:
+        if len(self.times) % 250 == 3:
             gc.collect()
-            self.tensors.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
-            for layer in self.cache.layers:
-                assert isinstance(layer, InPlaceLayer)
-                length = layer.keys.shape[2]
-                for buffer in (layer._key_buffer, layer._value_buffer):
-                    assert buffer.rows is not None
-                    assert buffer.rows.shape[2] <= length + 1 + max(CHUNK, length // 8)
-        self.times.append(time.perf_counter())
+            alive = bytes_of(o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+            self.tokens.append(input_ids.shape[1])
+            self.cached.append(cache_bytes(self.cache))
+            self.others.append(alive - self.cached[-1])
+        self.times.append(time.thread_time())
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_memory_is_bounded_and_steps_stay_as_fast(family: str) -> None:
-    model = tiny.build(family, num_hidden_layers=1, max_position_embeddings=TOKENS + 200)
+def run(family: str) -> tuple[PreTrainedModel, torch.Tensor, Watch]:
+    """TOKENS tokens by a model of one layer, and what was seen on the way."""
+    longest = LONG_PROMPT.shape[1] + TOKENS + 500
+    model = tiny.build(family, num_hidden_layers=1, max_position_embeddings=longest)
     tiny.use(model, "santa", samples=8, strict=True)
-    cache = DynamicCache(config=model.config)
-    watch = Watch(cache)
-    model.generate(
-        PROMPT,
+    watch = Watch(DynamicCache(config=model.config))
+    tokens = model.generate(
+        LONG_PROMPT,
         max_new_tokens=TOKENS,
         do_sample=False,
-        past_key_values=cache,
+        past_key_values=watch.cache,
         stopping_criteria=[watch],
     )
     assert len(watch.times) == TOKENS
-    assert max(watch.tensors) <= watch.tensors[0] + 8
+    assert isinstance(watch.cache.layers[0], InPlaceLayer)
+    # The ids, and a few vectors as long.
+    for tokens_then, others in zip(watch.tokens, watch.others, strict=True):
+        assert others <= watch.others[0] + 64 * (tokens_then - watch.tokens[0]), watch.others
+    print(f"{family}: bytes cached {watch.cached[0]} to {watch.cached[-1]}, ", end="")
+    print(f"others {watch.others[0]} to {watch.others[-1]}")
+    return model, tokens, watch
+
+
+def test_a_window_costs_the_same_for_ever() -> None:
+    """A sliding layer after a prompt of 50 windows: neither bytes nor time grow, from the first step."""
+    _, _, watch = run("mistral")
+    assert max(watch.cached) <= ROW * (tiny.WINDOW + max(CHUNK, tiny.WINDOW // 8))
     steps = [b - a for a, b in zip(watch.times, watch.times[1:], strict=False)]
     # The 20th percentile: another process on the machine slows some steps, never all.
     early, late = (statistics.quantiles(steps[i : i + 400], n=5)[0] for i in (50, TOKENS - 401))
-    # A window of 40 tokens costs the same for ever; a full layer reads what has been written.
-    growth = 1.0 if family == "mistral" else 1.0 + TOKENS / 2000
-    assert late < 2 * growth * early, (early, late)
+    print(f"mistral: {1e3 * early:.3f} ms a step, at the end {1e3 * late:.3f}")
+    assert late < 1.3 * early, (early, late)
+
+
+def test_a_long_run_leaves_a_cache_as_good_as_new() -> None:
+    """On a full layer a step reads all there is. It takes no more memory and time than on a cache into
+    which as many tokens were prefilled at once; the steps on the two alternate."""
+    model, tokens, watch = run("llama")
+    for count, cached in zip(watch.tokens, watch.cached, strict=True):
+        assert cached <= ROW * (count + max(CHUNK, count // 8))
+    fresh = DynamicCache(config=model.config)
+    seconds: dict[str, list[float]] = {"run": [], "fresh": []}
+    with torch.no_grad():
+        # The last token that was generated is not in the cache yet.
+        model(tokens[:, :-1], past_key_values=fresh, logits_to_keep=1)
+        assert fresh.get_seq_length() == watch.cache.get_seq_length()
+        for _ in range(200):
+            for name, cache in (("run", watch.cache), ("fresh", fresh)):
+                start = time.thread_time()
+                model(tokens[:, -1:], past_key_values=cache)
+                seconds[name].append(time.thread_time() - start)
+    after_run, after_prefill = (statistics.median(seconds[name]) for name in ("run", "fresh"))
+    print(f"llama: {1e3 * after_run:.3f} ms a step, after one prefill {1e3 * after_prefill:.3f}")
+    assert after_run < 1.2 * after_prefill, (after_run, after_prefill)
+    assert cache_bytes(watch.cache) <= 1.125 * cache_bytes(fresh)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import tiny
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+
+from santa_hf.integration.cache import InPlaceLayer, InPlaceSlidingWindowLayer
 
 PROMPT = tiny.prompts(60)[0]
 
@@ -33,6 +36,22 @@ def filled(model: PreTrainedModel, cache: Cache | None = None) -> Cache:
     return cache
 
 
+@contextmanager
+def refused(cache: Cache, error: type[Exception], message: str) -> Iterator[None]:
+    """The error says this, and every layer holds what it held, and goes on from there."""
+    before, lengths = contents(cache), [layer.get_seq_length() for layer in cache.layers]
+    with pytest.raises(error, match=message):
+        yield
+    assert all(map(torch.equal, contents(cache), before))
+    assert [layer.get_seq_length() for layer in cache.layers] == lengths
+
+
+# A step, a chunk, and what replaces the whole window of a sliding layer.
+QUERIES = [1, 5, tiny.WINDOW]
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -41,35 +60,90 @@ def filled(model: PreTrainedModel, cache: Cache | None = None) -> Cache:
     ],
 )
 def test_a_cache_of_another_model(
-    model: PreTrainedModel, changes: dict[str, int], message: str
+    family: str, changes: dict[str, int], message: str, queries: int
 ) -> None:
-    cache = filled(tiny.use(tiny.build("llama", **changes), "santa"))
-    before = contents(cache)
-    with pytest.raises(ValueError, match=f"cache holds states of .* = {message}.*another model"):
-        model(PROMPT[:, :1], past_key_values=cache)
-    assert all(map(torch.equal, contents(cache), before))
+    model = tiny.use(tiny.shared(family), "santa", samples=8)
+    cache = filled(tiny.use(tiny.build(family, **changes), "santa"))
+    message = f"cache holds key_states of .* = {message}.*another model"
+    with refused(cache, ValueError, message):
+        model(PROMPT[:, :queries], past_key_values=cache)
 
 
-def test_a_cache_of_another_batch(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_cache_of_another_batch(family: str, queries: int) -> None:
+    model = tiny.use(tiny.shared(family), "santa", samples=8)
     cache = filled(model)
-    with pytest.raises(ValueError, match=r"\(1, 2, 16\), and this step adds \(2, 2, 16\)"):
-        model(PROMPT[:, :1].repeat(2, 1), past_key_values=cache)
+    with refused(cache, ValueError, r"\(1, 2, 16\), and this step adds \(2, 2, 16\)"):
+        model(PROMPT[:, :queries].repeat(2, 1), past_key_values=cache)
+    # It goes on with the batch it has, as one that saw no error.
+    step, other = PROMPT[:, :1], filled(model)
+    logits = [model(step, past_key_values=c).logits for c in (cache, other)]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("of_model", "of_cache"), [(torch.float32, torch.float64), (torch.float64, torch.float32)]
+)
+def test_mixed_dtypes(
+    family: str, of_model: torch.dtype, of_cache: torch.dtype, queries: int
+) -> None:
+    cache = filled(tiny.use(tiny.shared(family, of_cache), "santa"))
+    model = tiny.use(tiny.shared(family, of_model), "santa", samples=8)
+    with refused(cache, TypeError, f"key_states is {of_model}, and the cache holds {of_cache}"):
+        model(PROMPT[:, :queries], past_key_values=cache)
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_states_that_do_not_belong_together(sliding: bool) -> None:
+    layer = InPlaceSlidingWindowLayer(8) if sliding else InPlaceLayer()
+    states = torch.randn(1, 2, 5, 16)
+    with pytest.raises(ValueError, match=r"\(1, 2, 5, 16\) .* must be of the same tokens"):
+        layer.update(states, states[:, :, :4])
+    assert layer.get_seq_length() == 0
+    layer.update(states, states)
+    for keys, values, error, message in (
+        (states, states[:, :, :4], ValueError, "must be of the same tokens"),
+        (states, states.double(), TypeError, "value_states is torch.float64"),
+        (states.to("meta"), states, ValueError, "key_states is on meta, and .* on cpu"),
+    ):
+        with refused(Cache(layers=[layer]), error, message):
+            layer.update(keys, values)
 
 
 @pytest.mark.parametrize("length", [80, 50])
 def test_a_four_dimensional_mask_of_another_length(model: PreTrainedModel, length: int) -> None:
-    mask = torch.ones(1, 1, 1, length, dtype=torch.bool)
+    """Attention is the first to see such a mask, when the first layer has this step already: the
+    caches of the layers after it are as they were, and what the first one held is too."""
+    mask, cache = torch.ones(1, 1, 1, length, dtype=torch.bool), filled(model)
+    before = contents(cache)
     with pytest.raises(ValueError, match=r"end in the 61 keys of the cache, got \(1, 1, 1, "):
-        model(PROMPT[:, :1], past_key_values=filled(model), attention_mask=mask)
+        model(PROMPT[:, :1], past_key_values=cache, attention_mask=mask)
+    for states, old in zip(contents(cache), before, strict=True):
+        assert torch.equal(states[:, :, :60], old)
+    assert [layer.get_seq_length() for layer in cache.layers] == [61, 60, 60]
+
+
+def test_a_cache_with_fewer_layers(model: PreTrainedModel) -> None:
+    """Nothing tells a layer how many there should be: what they held stays, and is one token longer."""
+    cache = filled(model)
+    before = contents(cache)
+    deeper = tiny.use(tiny.build("llama", num_hidden_layers=5), "santa", samples=8)
+    with pytest.raises(IndexError):
+        deeper(PROMPT[:, :1], past_key_values=cache)
+    for states, old in zip(contents(cache), before, strict=True):
+        assert torch.equal(states[:, :, :60], old)
+    cache.crop(-1)
+    assert all(map(torch.equal, contents(cache), before))
 
 
 def test_a_mask_longer_than_the_cache(model: PreTrainedModel) -> None:
     cache = filled(model)
-    before = contents(cache)
     mask = torch.ones(1, 80, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"attention_mask covers 80 tokens, .* with this step 61"):
+    with refused(cache, ValueError, r"attention_mask covers 80 tokens, .* with this step 61"):
         model(PROMPT[:, :1], past_key_values=cache, attention_mask=mask)
-    assert all(map(torch.equal, contents(cache), before))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -77,20 +151,9 @@ def test_more_tokens_than_a_static_cache_holds(family: str) -> None:
     model = tiny.use(tiny.shared(family), "santa", samples=8)
     cache = StaticCache(config=model.config, max_cache_len=64)
     model.generate(PROMPT, past_key_values=cache, max_new_tokens=5, do_sample=False)
-    before = contents(cache)
     assert cache.layers[1].cumulative_length == 64  # a full layer in both
-    with pytest.raises(ValueError, match=r"position 64 is beyond .* max_cache_len=64"):
+    with refused(cache, ValueError, r"position 64 is beyond .* max_cache_len=64"):
         model(PROMPT[:, :1], past_key_values=cache)
-    with pytest.raises(ValueError, match="max_cache_len=64"):
-        model.generate(
-            torch.cat([PROMPT, PROMPT[:, :5]], 1), past_key_values=cache, max_new_tokens=5
-        )
-    assert all(map(torch.equal, contents(cache), before))
-
-
-def test_mixed_dtypes(model: PreTrainedModel) -> None:
-    cache = filled(tiny.use(tiny.shared("llama", torch.float64), "santa"))
-    with pytest.raises(
-        TypeError, match=r"query is torch\.float32, and the cache holds torch\.float64"
-    ):
-        model(PROMPT[:, :1], past_key_values=cache)
+    longer = torch.cat([PROMPT, PROMPT[:, :5]], 1)
+    with refused(cache, ValueError, "max_cache_len=64"):
+        model.generate(longer, past_key_values=cache, max_new_tokens=5)
