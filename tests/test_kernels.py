@@ -37,7 +37,7 @@ if importlib.util.find_spec("triton") is None:
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from santa_hf.kernels import common, flash, launch  # noqa: E402
@@ -89,7 +89,7 @@ def case(
     query = normal(batch, heads, 1, dim) * spread
     key, value = normal(batch, kv_heads, length, dim), normal(batch, kv_heads, length, value_dim)
     keywords: dict[str, Any] = {
-        "samples": 50,
+        "samples": 34,
         "estimator": "systematic",
         "scaling": dim**-0.5,
         "mask": None,
@@ -440,13 +440,17 @@ def test_sinks_may_be_strided_and_of_16_bits(estimator: str) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("extras", [["softcap"], ["sinks"], EXTRAS], ids="-".join)
+@pytest.mark.parametrize(
+    ("mask", "extras"),
+    [(mask, EXTRAS) for mask in MASKS] + [("holes", ["softcap"]), ("both", ["sinks"])],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
 def test_masks_softcap_sinks_and_coordinates(mask: str, extras: list[str]) -> None:
     query, key, value, keywords = case((2, 6, 2, 340, 40, 40, F16), mask)
     keywords = with_extras(keywords, query, extras)
     assert_prop_matches(query, key, value, keywords)
     assert_dense_is_attention(query, key, value, keywords)
+    assert_fixed_budgets_match(query, key, value, keywords)
 
 
 @pytest.mark.parametrize("kernel", ["prop", "flash"])
@@ -469,7 +473,8 @@ def test_exact_rows_are_dense_and_the_others_draw_as_without_them(
     assert torch.equal(mixed[::2], drawn[::2])
 
 
-fixed = settings(derandomize=True, deadline=None, database=None)
+# To shrink a failure would take the interpreter a quarter of an hour.
+fixed = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate])
 
 
 @settings(fixed, max_examples=40 if CUDA else 12)
@@ -546,6 +551,8 @@ def test_a_fixed_budget_per_tile_equals_the_reference(
 ) -> None:
     query, key, value, keywords = case(shape, mask)
     keywords["estimator"] = estimator
+    if estimator != "systematic" and not CUDA:
+        keywords["samples"] = 14  # the interpreter takes them one by one
     assert_fixed_budgets_match(query, key, value, keywords)
 
 
@@ -609,9 +616,9 @@ def assert_fixed_budgets_match(
     whole = softmax.cdf[..., -1:].clamp(min=1.0)
     own = torch.diff(softmax.cdf, dim=-1, prepend=torch.zeros_like(softmax.cdf[..., :1]))
     rough = own.clamp(0, 2.0**-24).sum(-1, keepdim=True) / whole
-    stretch = torch.expm1(2 * worst)[..., None]
+    error = torch.expm1(worst)[..., None]
     below = softmax.cdf / whole
-    slack = 2 * stretch * torch.minimum(below, 1 - below) + 2 * rough + 2.0**-29
+    slack = 2 * error / (1 - error) * below * (1 - below) + 2 * rough + 2.0**-29
     low = torch.searchsorted(point, below - slack)
     high = torch.minimum(torch.searchsorted(point, below + slack, right=True), held)
     low = torch.where(softmax.cdf == softmax.cdf[..., -1:], held, low)  # all draws are used up
@@ -626,8 +633,9 @@ def assert_fixed_budgets_match(
     place = keys.clamp(max=length - 1)[:, None, None].expand(*given.shape[:3], -1)
     given = given.gather(3, place).masked_fill((keys >= length)[:, None, None], 0.0)
     given = given.unflatten(-1, (-1, tile_size))
-    # The mass of a tile and that of the row, and a dozen roundings.
-    relative = 4 * (stretch + rough.amax(-2, keepdim=True)) + gamma(16, F32) + unit_roundoff(dtype)
+    # The masses of the tile and of the row, and a dozen roundings.
+    relative = torch.expm1(2 * worst)[..., None] + 2 * rough.amax(-2, keepdim=True)
+    relative = relative + gamma(16, F32) + unit_roundoff(dtype)
     lost = torch.finfo(dtype).tiny * unit_roundoff(dtype) / unit
     readable = (held == 0) | (weight[..., None] > 16 * lost)
     assert (softmax.mass[..., None] * ~readable).sum() <= 2.0**-20 * softmax.mass.sum()
@@ -926,7 +934,7 @@ def row_of(profile: str, samples: int) -> tuple[torch.Tensor, torch.Tensor, Soft
 @pytest.mark.parametrize("kernel", ["prop", "flash"])
 def test_unbiased(kernel: str, profile: str, estimator: str) -> None:
     """The mean over heads and seeds is attention, along directions that show where a bias would be."""
-    rows, heads = (16, 128) if CUDA else (1, launch.MAX_GROUP)
+    rows, heads = (128, 16) if CUDA else (1, launch.MAX_GROUP)
     query, key, softmax = row_of(profile, samples=8)
     x = directions(300, 28)  # random columns, a ramp, the parity of the tile
     _, _, _, keywords = case((1, 1, 1, 1, 32, 32, F32))
@@ -1126,7 +1134,7 @@ def test_a_growing_context_compiles_once(kernel: str, scored: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", list(KERNELS))
-@pytest.mark.parametrize("samples", [50, 300])
+@pytest.mark.parametrize("samples", [34, 300])
 def test_workspaces_take_the_bytes_of_the_formula(kernel: str, samples: int) -> None:
     """As `launch` documents them: bytes asked for at once, with nothing else on the device."""
     batch, heads, length, value_dim = 3, 8, 5000, 80
@@ -1185,7 +1193,7 @@ def test_the_operator_keeps_its_schema_with_every_kernel(
 ) -> None:
     query, key, value, keywords = case((2, 6, 3, 300, 64, 40, BF16), "both")
     extras = with_extras(keywords, query, EXTRAS)
-    settings = {
+    choices = {
         "samples": 20,
         "estimator": estimator,
         "scaling": 0.125,
@@ -1201,7 +1209,7 @@ def test_the_operator_keeps_its_schema_with_every_kernel(
         ),
     ):
         torch.library.opcheck(
-            torch.ops.santa_hf.decode.default, (query, key, value, *tensors), settings | scalars
+            torch.ops.santa_hf.decode.default, (query, key, value, *tensors), choices | scalars
         )
 
 
