@@ -480,10 +480,10 @@ fixed = settings(derandomize=True, deadline=None, database=None, phases=[Phase.g
 @settings(fixed, max_examples=40 if CUDA else 12)
 @given(st.data())
 def test_any_case_equals_the_reference(data: st.DataObject) -> None:
-    kv_heads = data.draw(st.integers(1, 3))
+    kv_heads = data.draw(st.integers(1, 3 if CUDA else 2))
     shape = (
-        data.draw(st.integers(1, 3)),
-        kv_heads * data.draw(st.integers(1, 9)),
+        data.draw(st.integers(1, 3 if CUDA else 2)),
+        kv_heads * data.draw(st.integers(1, 9 if CUDA else 5)),
         kv_heads,
         data.draw(st.integers(1, 3000 if CUDA else 400)),
         data.draw(st.sampled_from([32, 40, 64, 128])),
@@ -498,7 +498,7 @@ def test_any_case_equals_the_reference(data: st.DataObject) -> None:
     )
     keywords = with_extras(keywords, query, data.draw(some_extras))
     keywords["estimator"] = data.draw(st.sampled_from(ESTIMATORS))
-    keywords["samples"] = data.draw(st.sampled_from([1, 2, 31, 32, 33, 130]))
+    keywords["samples"] = data.draw(st.sampled_from([1, 2, 31, 32, 33, 130 if CUDA else 65]))
     assert_prop_matches(query, key, value, keywords)
 
 
@@ -669,7 +669,7 @@ def assert_fixed_budgets_match(
 def test_any_case_of_one_pass_equals_the_reference(data: st.DataObject) -> None:
     kv_heads = data.draw(st.integers(1, 2))
     shape = (
-        data.draw(st.integers(1, 3)),
+        data.draw(st.integers(1, 3 if CUDA else 2)),
         kv_heads * data.draw(st.sampled_from([1, 3, 4, 7, 70] if CUDA else [1, 3])),
         kv_heads,
         data.draw(st.integers(1, 3000 if CUDA else 600)),
@@ -685,7 +685,7 @@ def test_any_case_of_one_pass_equals_the_reference(data: st.DataObject) -> None:
     )
     keywords = with_extras(keywords, query, data.draw(some_extras))
     keywords["estimator"] = data.draw(st.sampled_from(ESTIMATORS))
-    keywords["samples"] = data.draw(st.sampled_from([1, 2, 31, 130]))
+    keywords["samples"] = data.draw(st.sampled_from([1, 2, 31, 130 if CUDA else 65]))
     assert_fixed_budgets_match(query, key, value, keywords)
     assert_dense_is_attention(query, key, value, keywords)
 
@@ -786,8 +786,9 @@ def test_padding_batch_and_strides_change_no_bit(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_rows_of_a_batch_are_those_computed_alone(kernel: str) -> None:
-    """Also where there are more splits than programs, and a program goes from row to row."""
-    query, key, value, keywords = case((5, 6, 2, 1500 if CUDA else 600, 64, 64, F16))
+    """Also in a batch that alone fills the GPU: splits depend on the length and the heads."""
+    distinct = 5 if CUDA else 3
+    query, key, value, keywords = case((distinct, 6, 2, 1500 if CUDA else 300, 64, 64, F16))
     if CUDA:
         query, key, value = (x.repeat(8, 1, 1, 1) for x in (query, key, value))
     key[1, 1, 3] = torch.nan  # stays in its row
@@ -800,13 +801,13 @@ def test_rows_of_a_batch_are_those_computed_alone(kernel: str) -> None:
         row = slice(b, b + 1)
         alone = run(kernel, query[row], key[row], value[row], **{**keywords, **one})
         torch.testing.assert_close(together[row], alone, rtol=0, atol=0, equal_nan=True)
-        assert alone.isfinite().all() == (b % 5 != 1)
+        assert alone.isfinite().all() == (b % distinct != 1)
 
 
 @pytest.mark.parametrize("layout", ["head room", "tokens first", "odd"])
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_layouts_of_a_cache_change_no_bit(kernel: str, layout: str) -> None:
-    query, key, value, keywords = case((2, 6, 2, 260, 64, 64, F16))
+    query, key, value, keywords = case((2, 4, 2, 260, 64, 64, F16))
     expected = run(kernel, query, key, value, **keywords)
 
     def laid_out(states: torch.Tensor) -> torch.Tensor:
@@ -944,7 +945,7 @@ def test_unbiased(kernel: str, profile: str, estimator: str) -> None:
         seed=torch.arange(rows, device=DEVICE) * 7919,
         position=torch.zeros(rows, dtype=torch.int64, device=DEVICE),
     )
-    value = x.T.to(DEVICE, F32)[None, None]
+    value = x.T.contiguous().to(DEVICE, F32)[None, None]
     states = [key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1)]
     out = run(kernel, query.expand(rows, heads, 1, 32), *states, **keywords)
     allocation = "tile" if kernel == "flash" else "global"
