@@ -46,6 +46,19 @@ DEVICE = "cuda" if CUDA else "cpu"
 ESTIMATORS = ("systematic", "stratified", "multinomial")
 each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 
+
+def some(names: str, here: list[Any], everywhere: list[Any]) -> pytest.MarkDecorator:
+    """Parameters for the interpreter, and on a GPU all others too."""
+    others = [pytest.param(*x, marks=pytest.mark.gpu) for x in everywhere if x not in here]
+    return pytest.mark.parametrize(names, [*(pytest.param(*x) for x in here), *others])
+
+
+each_mask_and_estimator = some(
+    "mask, estimator",
+    [(None, "systematic"), *(("both", estimator) for estimator in ESTIMATORS)],
+    [(mask, estimator) for mask in (None, "both") for estimator in ESTIMATORS],
+)
+
 # (B, H, KVH, N, D, Dv, dtype); the interpreter takes the first ones.
 F32, F16 = torch.float32, torch.float16
 # The interpreter multiplies bfloat16 as integers.
@@ -400,8 +413,7 @@ def test_the_stash_of_the_reference_is_what_it_says(estimator: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("mask", [None, "both"])
-@each_estimator
+@each_mask_and_estimator
 def test_draws_and_output_equal_the_reference(
     shape: tuple[Any, ...], mask: str | None, estimator: str
 ) -> None:
@@ -544,8 +556,7 @@ def assert_dense_is_attention(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("mask", [None, "both"])
-@each_estimator
+@each_mask_and_estimator
 def test_a_fixed_budget_per_tile_equals_the_reference(
     shape: tuple[Any, ...], mask: str | None, estimator: str
 ) -> None:
@@ -910,7 +921,8 @@ def test_rows_without_a_key_are_zero_and_nan_spreads(kernel: str) -> None:
 
 
 PROFILES = ["random", "peaked", "sink", "flat", "boundaries"]
-each_profile = pytest.mark.parametrize("profile", PROFILES)
+# The profiles that fixed budgets per tile would bias most.
+each_profile = some("profile", [("flat",), ("sink",), ("boundaries",)], [(p,) for p in PROFILES])
 
 
 def row_of(profile: str, samples: int) -> tuple[torch.Tensor, torch.Tensor, Softmax]:
@@ -930,12 +942,16 @@ def row_of(profile: str, samples: int) -> tuple[torch.Tensor, torch.Tensor, Soft
     return query, key, Softmax(scores[0, 0, 0].cpu(), torch.ones(length, dtype=torch.bool), samples)
 
 
-@each_estimator
-@each_profile
+@some(
+    "profile, estimator",
+    [(profile, "systematic") for profile in PROFILES]
+    + [("random", "stratified"), ("boundaries", "stratified"), ("sink", "multinomial")],
+    [(profile, estimator) for profile in PROFILES for estimator in ESTIMATORS],
+)
 @pytest.mark.parametrize("kernel", ["prop", "flash"])
 def test_unbiased(kernel: str, profile: str, estimator: str) -> None:
     """The mean over heads and seeds is attention, along directions that show where a bias would be."""
-    rows, heads = (128, 16) if CUDA else (1, launch.MAX_GROUP)
+    rows, heads = (128, 16) if CUDA else (1, 48)
     query, key, softmax = row_of(profile, samples=8)
     x = directions(300, 28)  # random columns, a ramp, the parity of the tile
     _, _, _, keywords = case((1, 1, 1, 1, 32, 32, F32))
@@ -977,7 +993,7 @@ def seeds_over_a_grid(
 def test_systematic_over_a_grid_of_uniforms(profile: str) -> None:
     """Of M equally spaced offsets, points a unit apart hit [a, b) once in 1 / (b - a), within 1 / M:
     tiles for the offset of the grid, and keys for that inside a tile, its budget given."""
-    samples, levels, seeds = 8, 16, torch.arange(2**15, device=DEVICE)
+    samples, levels, seeds = 8, 12, torch.arange(2**15, device=DEVICE)
     query, key, softmax = row_of(profile, samples)
     _, _, value, keywords = case((1, 1, 1, 300, 32, 32, F32))
     weights = launch.scores(query, key, scaling=keywords["scaling"], mask=None, span=None)
@@ -991,7 +1007,7 @@ def test_systematic_over_a_grid_of_uniforms(profile: str) -> None:
     ends[-1] = samples
     budget = ends.diff(dim=0, prepend=torch.zeros_like(ends[:1])).to(DEVICE)  # [T, seeds]
 
-    chosen = [seeds_over_a_grid(grid, 4 * levels)]
+    chosen = [seeds_over_a_grid(grid, 3 * levels)]
     inside = []
     for t in range(len(tiles)):
         offset = uniform(*where, zero + t, Stream.TILE)
@@ -1012,7 +1028,7 @@ def test_systematic_over_a_grid_of_uniforms(profile: str) -> None:
     # 2**-10 of a tile's draws, or of a key's, for weights rounded to fp16.
     mean = torch.stack([(over_grid // reference.TILE == t).sum(1).double() for t in range(3)], 1)
     assert ((mean - samples * mass).abs() < 1 + 2.0**-7).all()
-    assert ((mean.mean(0) - samples * mass).abs() <= 1.25 / (4 * levels) + samples * 2.0**-10).all()
+    assert ((mean.mean(0) - samples * mass).abs() <= 1.25 / (3 * levels) + samples * 2.0**-10).all()
     for (t, n), drawn_keys in zip(inside, over_tiles, strict=True):
         mine = (drawn_keys // reference.TILE == t).sum(1)
         assert ((mine - n).abs() <= (profile == "boundaries")).all()
