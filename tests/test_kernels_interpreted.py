@@ -21,7 +21,7 @@ RUNS = [("test_kernels.py", part) for part in PARTS] + [("test_latent_kernels.py
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.timeout(900)  # each takes about 100 seconds of a core that nothing else runs on
+@pytest.mark.timeout(900)  # each takes one to three minutes of a core of its own
 @pytest.mark.parametrize(("file", "part"), RUNS)
 def test_kernels_in_the_interpreter(file: str, part: str) -> None:
     # Triton decides when it is imported, and this process may have imported it.
