@@ -1,4 +1,4 @@
-"""Runs the tests of kernels on the CPU, in a process whose Triton interprets its kernels."""
+"""Runs the tests of kernels on the CPU, in processes whose Triton interprets its kernels."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ import torch
 
 import santa_hf
 
+# Parts of one file, by words in the names of its tests; the last part is whatever the others leave.
+PARTS = ["draws_and_output or any_case", "fixed_budget or grid or unbiased"]
+PARTS += [" and ".join(f"not ({part})" for part in PARTS)]
+RUNS = [("test_kernels.py", part) for part in PARTS] + [("test_latent_kernels.py", "")]
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.parametrize("file", ["test_kernels.py", "test_latent_kernels.py"])
-def test_kernels_in_the_interpreter(file: str) -> None:
+@pytest.mark.timeout(900)  # each takes one to three minutes of a core of its own
+@pytest.mark.parametrize(("file", "part"), RUNS)
+def test_kernels_in_the_interpreter(file: str, part: str) -> None:
     # Triton decides when it is imported, and this process may have imported it.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part]
     done = subprocess.run(
         [*command, str(Path(__file__).with_name(file))],
         env={**os.environ, "TRITON_INTERPRET": "1"},
