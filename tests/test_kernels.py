@@ -852,7 +852,6 @@ def test_offsets_beyond_32_bits(axis: str) -> None:
         assert torch.equal(run(kernel, query, key, far_states.copy_(value), **keywords), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a row's offset inside a tile is computed in 32 bits")
 def test_rows_of_one_tile_beyond_32_bits() -> None:
     """Keys 2**25 elements apart; where a 32-bit offset would wrap around to there is memory, of zeros,
     so that it gives a wrong result and no fault."""

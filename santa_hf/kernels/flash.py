@@ -8,7 +8,7 @@ of every tile from the tile's own softmax, and leaves an unnormalised (output, m
 Weights of a tile are rounded to multiples of 2**-23 of its largest, and mass_t is the sum of the
 *rounded* weights, an exact uint32: the draws are unbiased for the rounded softmax, systematic ones to
 within 2**-30 of a tile's mass. They are counted per row, and only rows with a count are loaded, for a
-product with the counts. That product waits for its rows, and the next tile of K is asked for with them.
+product with the counts.
 """
 
 # ruff: noqa: N803, SIM102, SIM108 (constants of a kernel are capitals, and a condition on one stands
