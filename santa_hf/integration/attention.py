@@ -1,6 +1,7 @@
 """The attention and mask functions that `attn_implementation="santa"` resolves to.
 
-A call with one query token per row is a decode step and is sampled; anything else is dense by design.
+A call with one query token per row is a decode step and is sampled, but where that token is a prompt's
+(see `prefill`); anything else is dense by design.
 A decode step that cannot be sampled goes to the exact path of the model's own kind, is counted, and
 warns once per reason, or raises under `strict`.
 """
@@ -24,6 +25,7 @@ from ..functional import santa_decode
 from ..stats import count_as_dense, counting_value_rows, layer_stats, warn_once
 from . import mla
 from .configure import layer_config
+from .prefill import is_prefill
 
 __all__ = ["santa_attention", "santa_mask"]
 
@@ -124,7 +126,7 @@ def santa_attention(
     if not torch.compiler.is_compiling():
         mla.adopt(module)
     exact = (module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    if query.shape[2] != 1:
+    if query.shape[2] != 1 or is_prefill():
         _count(module, "multi_token")
         return _exact_attention(*exact)
 

@@ -49,12 +49,14 @@ def register() -> None:
     from .attention import santa_attention, santa_mask
     from .cache import use_in_place_layers
     from .paged import PAGED, allow_continuous_batching, santa_paged_attention, santa_paged_mask
+    from .prefill import mark_prefill
 
     AttentionInterface.register(_NAME, santa_attention)
     AttentionMaskInterface.register(_NAME, santa_mask)
     AttentionInterface.register(PAGED, santa_paged_attention)
     AttentionMaskInterface.register(PAGED, santa_paged_mask)
     use_in_place_layers()
+    mark_prefill()
     allow_continuous_batching()
 
 
