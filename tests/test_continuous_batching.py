@@ -140,8 +140,9 @@ def test_a_sampled_sequence_forks_at_its_prompt() -> None:
     assert counters.samples == tiny.LAYERS * tiny.HEADS * 4 * 6 * (NEW_TOKENS - 1)
     expected = alone(model, PROMPTS[:2])
     seen = [output.generated_tokens for output in out.values()]
-    assert len(seen) == 6
-    assert [seen.count(tokens) for tokens in expected] == [3, 3]
+    returned = 3 if _PAGES else 1  # 5.17 returns the parent alone
+    assert [seen.count(tokens) for tokens in expected] == [returned, returned]
+    assert len(seen) == 2 * returned
 
 
 @pytest.mark.parametrize("blocks", [8, 10])

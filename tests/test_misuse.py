@@ -72,6 +72,19 @@ def test_a_mask_longer_than_the_cache(model: PreTrainedModel) -> None:
     assert all(map(torch.equal, contents(cache), before))
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_mask_longer_than_a_static_cache(model: PreTrainedModel, tokens: int) -> None:
+    cache = filled(model, StaticCache(config=model.config, max_cache_len=64))
+    before = contents(cache)
+    for length in (65, 80):
+        mask = torch.ones(1, length, dtype=torch.int64)
+        with pytest.raises(ValueError, match=rf"covers {length} tokens, .* with this step 64"):
+            model(PROMPT[:, :tokens], past_key_values=cache, attention_mask=mask)
+    assert all(map(torch.equal, contents(cache), before))
+    # One for all that the cache will ever hold is fine.
+    model(PROMPT[:, :tokens], past_key_values=cache, attention_mask=torch.ones(1, 64))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_more_tokens_than_a_static_cache_holds(family: str) -> None:
     model = tiny.use(tiny.shared(family), "santa", samples=8)
