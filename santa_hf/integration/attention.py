@@ -28,7 +28,7 @@ from ..config import LayerConfig, SantaConfig
 from ..functional import santa_decode
 from ..stats import count_as_dense, counting_value_rows, layer_stats, warn_once
 from . import mla
-from .configure import layer_config
+from .configure import layer_config, traced_seed
 from .prefill import is_prefill
 
 __all__ = ["santa_attention", "santa_mask"]
@@ -208,7 +208,8 @@ def santa_attention(
 
     latent = mla.are_latents(module, query, key)
     _check_inputs(query, key, value, attention_mask, latent)
-    config = layer_config(module, santa)
+    config = layer_config(module, santa, query.device)
+    seed = None if santa is not None else traced_seed(module, query.device)
     head_offset = _head_offset(module, query.shape[1])
     if head_offset is None:
         reason: str | None = "the heads of the layer are sharded in an unknown way"
@@ -226,12 +227,22 @@ def santa_attention(
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         query = mla.absorb(module, query)
         out = _decode(
-            module, query, key, key, attention_mask, scaling, config, head_offset, kwargs, value
+            module,
+            query,
+            key,
+            key,
+            attention_mask,
+            scaling,
+            config,
+            seed,
+            head_offset,
+            kwargs,
+            value,
         )
         out = mla.project(module, out)
     else:
         out = _decode(
-            module, query, key, value, attention_mask, scaling, config, head_offset, kwargs
+            module, query, key, value, attention_mask, scaling, config, seed, head_offset, kwargs
         )
     return out.transpose(1, 2).contiguous(), None
 
@@ -298,11 +309,12 @@ def _decode(
     mask: torch.Tensor | None,
     scaling: float | None,
     config: LayerConfig,
+    seed: torch.Tensor | None,
     head_offset: int | None,
     kwargs: Mapping[str, Any],
     rotary_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One decode step as configured: (B, H, 1, Dv)."""
+    """One decode step as configured, but for a `seed`, int64 (1,), of a traced graph: (B, H, 1, Dv)."""
     step = partial(
         santa_decode,
         query,
@@ -331,7 +343,7 @@ def _decode(
         head_offset=head_offset,
         samples=config.samples,
         estimator=config.estimator,
-        seed=config.seed,
+        seed=config.seed if seed is None else seed.expand(batch).contiguous(),
         layer=cast(int, module.layer_idx),
         position=position,
     )
