@@ -25,7 +25,7 @@ from transformers.masking_utils import (
 
 from .. import reference
 from ..config import LayerConfig, SantaConfig
-from ..functional import santa_decode
+from ..functional import are_valid, decode_valid, santa_decode
 from ..stats import count_as_dense, counting_value_rows, layer_stats, warn_once
 from . import mla
 from .configure import layer_config, traced_seed
@@ -207,14 +207,21 @@ def santa_attention(
         return _exact_attention(*exact)
 
     latent = mla.are_latents(module, query, key)
-    _check_inputs(query, key, value, attention_mask, latent)
+    position = _position(query.shape[0], kwargs)
+    valid = not latent and are_valid(
+        query, key, value, attention_mask, position, kwargs.get("softcap"), kwargs.get("s_aux")
+    )
+    if not valid:
+        _check_inputs(query, key, value, attention_mask, latent)
     config = layer_config(module, santa, query.device)
     seed = None if santa is not None else traced_seed(module, query.device)
     head_offset = _head_offset(module, query.shape[1])
     if head_offset is None:
         reason: str | None = "the heads of the layer are sharded in an unknown way"
     else:
-        reason = _why_not_sampled(module, query, key, value, attention_mask, dropout, kwargs)
+        reason = _why_not_sampled(
+            module, query, key, value, attention_mask, position, dropout, kwargs
+        )
     if config.estimator == "dense":
         _count(module, "dense")
         if reason is not None:
@@ -225,25 +232,15 @@ def santa_attention(
 
     if latent:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query = mla.absorb(module, query)
-        out = _decode(
-            module,
-            query,
-            key,
-            key,
-            attention_mask,
-            scaling,
-            config,
-            seed,
-            head_offset,
-            kwargs,
-            value,
-        )
-        out = mla.project(module, out)
+        query, value, rotary_key = mla.absorb(module, query), key, value
     else:
-        out = _decode(
-            module, query, key, value, attention_mask, scaling, config, seed, head_offset, kwargs
-        )
+        rotary_key = None
+    out = _decode(
+        module, query, key, value, attention_mask, scaling, config, seed, position, head_offset, kwargs,
+        rotary_key, valid,
+    )  # fmt: skip
+    if latent:
+        out = mla.project(module, out)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -310,13 +307,19 @@ def _decode(
     scaling: float | None,
     config: LayerConfig,
     seed: torch.Tensor | None,
+    position: torch.Tensor | None,
     head_offset: int | None,
     kwargs: Mapping[str, Any],
-    rotary_key: torch.Tensor | None = None,
+    rotary_key: torch.Tensor | None,
+    valid: bool,
 ) -> torch.Tensor:
-    """One decode step as configured, but for a `seed`, int64 (1,), of a traced graph: (B, H, 1, Dv)."""
+    """One decode step as configured, but for a `seed`, int64 (1,), of a traced graph: (B, H, 1, Dv).
+
+    Args:
+        valid: whether the tensors are known to be valid, and need no check that names what is wrong.
+    """
     step = partial(
-        santa_decode,
+        decode_valid if valid else santa_decode,
         query,
         key,
         value,
@@ -336,7 +339,6 @@ def _decode(
         _count(module, "dense")
         return step(estimator="dense")
     exact = _short_rows(mask, batch, config.min_context)
-    position = _position(batch, kwargs)
     assert head_offset is not None  # such a layer went dense
     out = step(
         exact=exact,
@@ -434,6 +436,7 @@ def _why_not_sampled(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    position: torch.Tensor | None,
     dropout: float,
     kwargs: Mapping[str, Any],
 ) -> str | None:
@@ -469,7 +472,7 @@ def _why_not_sampled(
         and mask.shape[1:] == (1, 1, key.shape[2])
     ):
         return "the mask is not a boolean row per sequence"
-    if _position_ids(kwargs) is not None:
+    if position is not None:
         return None
     if not hasattr(module, "is_causal") and kwargs.get("is_causal") is None:
         return "the layer does not say that it is causal, and was called without position_ids"
@@ -485,18 +488,13 @@ def _is_causal(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
-def _position_ids(kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """Position of this step's token in each row, (B or 1, 1)."""
+def _position(batch: int, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Position of this step's token in each row, (B,), from position_ids (B or 1, 1)."""
     position_ids = kwargs.get("position_ids")
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != 1:
         return None
-    return cast(torch.Tensor, position_ids)
-
-
-def _position(batch: int, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The same as (B,)."""
-    position_ids = _position_ids(kwargs)
-    return None if position_ids is None else position_ids.flatten().expand(batch)
+    row = cast(torch.Tensor, position_ids).reshape(-1)
+    return row if position_ids.shape[0] == batch else row.expand(batch)
 
 
 def _head_offset(module: torch.nn.Module, heads: int) -> int | None:
@@ -505,13 +503,13 @@ def _head_offset(module: torch.nn.Module, heads: int) -> int | None:
     Tensor parallelism leaves each rank an equal run of heads, in the order of the ranks; the weights
     say how they are sharded. A layer that every rank has as a whole draws alike everywhere.
     """
-    whole = getattr(getattr(module, "config", None), "num_attention_heads", heads)
-    if heads == whole:
-        return 0
-    known = _offsets.get(module)
+    traced = torch.compiler.is_compiling()
+    known = None if traced else _offsets.get(module)
     if known is None or known[0] != heads:
-        known = (heads, _sharded_offset(module, heads, whole))
-        _offsets[module] = known
+        whole = getattr(getattr(module, "config", None), "num_attention_heads", heads)
+        known = (heads, 0 if heads == whole else _sharded_offset(module, heads, whole))
+        if not traced:
+            _offsets[module] = known
     return known[1]
 
 

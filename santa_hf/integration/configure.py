@@ -114,8 +114,11 @@ def layer_config(
             `override` is not valid.
     """
     config = getattr(module, "config", None)
-    stored = getattr(config, "santa", None)
-    path = os.environ.get(CONFIG_VARIABLE)
+    if config is None or torch.compiler.is_compiling():
+        stored = getattr(config, "santa", None)
+    else:  # ten times as fast as past the attribute map of a configuration
+        stored = object.__getattribute__(config, "__dict__").get("santa")
+    path = None if stored is not None else os.environ.get(CONFIG_VARIABLE)
     layer = getattr(module, "layer_idx", None)
     if override is None and not torch.compiler.is_compiling():
         # Resolved again only when the dict on the config or the environment changes: a decode step
