@@ -143,17 +143,22 @@ def are_valid(
 ) -> bool:
     """Whether `santa_decode` takes these as they are: tensors of one device, with the dtypes and shapes
     that it documents, a mask of 4 dimensions, no rotary key. It does not say what is wrong."""
+    if not query.ndim == key.ndim == value.ndim == 4:
+        return False
     batch, heads, queries, dim = query.shape
-    kv_heads, length = key.shape[1:3]
+    kv_batch, kv_heads, length, key_dim = key.shape
+    value_batch, value_heads, value_length, _ = value.shape
     dtype, device = query.dtype, query.device
     return bool(
         queries == 1
-        and key.shape == (batch, kv_heads, length, dim)
-        and value.shape[:3] == key.shape[:3]
+        and batch == kv_batch == value_batch
+        and kv_heads == value_heads
+        and length == value_length
+        and dim == key_dim
         and dtype in _DTYPES
         and dtype == key.dtype == value.dtype
         and device == key.device == value.device
-        and query.stride(3) == key.stride(3) == value.stride(-1) == 1
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and batch and length and dim and kv_heads
         and heads and heads % kv_heads == 0
         and (mask is None or _is_row(mask, batch, length, device))
