@@ -59,8 +59,12 @@ def test_a_cache_of_another_batch(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("length", [80, 50])
 def test_a_four_dimensional_mask_of_another_length(model: PreTrainedModel, length: int) -> None:
     mask = torch.ones(1, 1, 1, length, dtype=torch.bool)
+    cache = filled(model)
+    before = contents(cache)
     with pytest.raises(ValueError, match=r"end in the 61 keys of the cache, got \(1, 1, 1, "):
-        model(PROMPT[:, :1], past_key_values=filled(model), attention_mask=mask)
+        model(PROMPT[:, :1], past_key_values=cache, attention_mask=mask)
+    assert all(map(torch.equal, contents(cache), before))
+    model(PROMPT[:, :1], past_key_values=cache, attention_mask=torch.ones(1, 1, 1, 61).bool())
 
 
 def test_a_mask_longer_than_the_cache(model: PreTrainedModel) -> None:

@@ -48,6 +48,7 @@ def register() -> None:
 
     from .attention import santa_attention, santa_mask
     from .cache import use_in_place_layers
+    from .given_mask import check_given_masks
     from .paged import PAGED, allow_continuous_batching, santa_paged_attention, santa_paged_mask
     from .prefill import mark_prefill
 
@@ -57,6 +58,7 @@ def register() -> None:
     AttentionMaskInterface.register(PAGED, santa_paged_mask)
     use_in_place_layers()
     mark_prefill()
+    check_given_masks()
     allow_continuous_batching()
 
 
