@@ -118,8 +118,8 @@ def test_a_new_seed_compiles_nothing_again() -> None:
     assert counters["stats"]["unique_graphs"] == 0
     assert len({tuple(tokens.flatten().tolist()) for tokens in seen}) > 8
     # Set by hand it is a constant of the graph, and heeded.
-    for seed in (3, 4):
-        model.config.santa["seed"] = seed
+    for change in ({"seed": 3}, {"seed": 4}):
+        model.config.santa |= change
         assert torch.equal(decode(model, compiled, 12), decode(model, model, 12))
     model.config.santa = {"samples": 4, "seed": 5}
     assert torch.equal(decode(model, compiled, 12), decode(model, model, 12))

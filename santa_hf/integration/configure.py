@@ -7,7 +7,7 @@ file named by SANTA_HF_CONFIG, the defaults of `SantaConfig`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -83,16 +83,24 @@ class _Stored(dict[str, Any]):
 
     seeds: Mapping[torch.device, torch.Tensor]
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, value)
-        self.seeds = {}
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        super().update(*args, **kwargs)
-        self.seeds = {}
-
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)
+
+
+def _forgetting_the_seeds(name: str) -> Callable[..., Any]:
+    change = getattr(dict, name)
+
+    def method(self: _Stored, *args: Any, **kwargs: Any) -> Any:
+        self.seeds = {}
+        return change(self, *args, **kwargs)
+
+    return method
+
+
+for _name in (
+    "__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update",
+):  # fmt: skip
+    setattr(_Stored, _name, _forgetting_the_seeds(_name))
 
 
 _Source = tuple[Any, str | None, int | None]
