@@ -14,7 +14,7 @@ from . import ops, reference
 from .config import ESTIMATORS, KERNELS
 from .rng import MAX_LAYERS
 
-__all__ = ["santa_decode"]
+__all__ = ["are_valid", "decode_valid", "santa_decode"]
 
 
 def santa_decode(
@@ -81,8 +81,34 @@ def santa_decode(
     )  # fmt: skip
     _validate_scores(query, scaling, softcap, sinks)
     exact = _validate_exact(query, exact)
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
+    return decode_valid(
+        query, key, value, samples=samples, estimator=estimator, scaling=scaling, mask=mask, seed=seed,
+        layer=layer, position=position, head_offset=head_offset, softcap=softcap, sinks=sinks,
+        exact=exact, rotary_key=rotary_key, kernel=kernel,
+    )  # fmt: skip
+
+
+def decode_valid(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    samples: int = 128,
+    estimator: str = "systematic",
+    scaling: float | None = None,
+    mask: torch.Tensor | None = None,
+    seed: int | torch.Tensor = 0,
+    layer: int = 0,
+    position: torch.Tensor | None = None,
+    head_offset: int = 0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    rotary_key: torch.Tensor | None = None,
+    kernel: str = "auto",
+) -> torch.Tensor:
+    """`santa_decode` of arguments that are known to be valid, of which `are_valid` says so for tensors:
+    to check them takes the host as long as half of the rest."""
     row_seed = seed if isinstance(seed, torch.Tensor) else None
     run = ops.decode if torch.compiler.is_compiling() else _dispatch
     return run(
@@ -98,12 +124,60 @@ def santa_decode(
         seed=0 if isinstance(seed, torch.Tensor) else seed,
         samples=samples,
         estimator=estimator,
-        scaling=scaling,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         layer=layer,
         head_offset=head_offset,
         implementation=kernel,
     )
+
+
+def are_valid(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    position: torch.Tensor | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> bool:
+    """Whether `santa_decode` takes these as they are: tensors of one device, with the dtypes and shapes
+    that it documents, a mask of 4 dimensions, no rotary key. It does not say what is wrong."""
+    if not query.ndim == key.ndim == value.ndim == 4:
+        return False
+    batch, heads, queries, dim = query.shape
+    kv_batch, kv_heads, length, key_dim = key.shape
+    value_batch, value_heads, value_length, _ = value.shape
+    dtype, device = query.dtype, query.device
+    return bool(
+        queries == 1
+        and batch == kv_batch == value_batch
+        and kv_heads == value_heads
+        and length == value_length
+        and dim == key_dim
+        and dtype in _DTYPES
+        and dtype == key.dtype == value.dtype
+        and device == key.device == value.device
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and batch and length and dim and kv_heads
+        and heads and heads % kv_heads == 0
+        and (mask is None or _is_row(mask, batch, length, device))
+        and (
+            position is None
+            or (position.dtype, position.shape, position.device) == (torch.int64, (batch,), device)
+        )
+        and (softcap is None or 0 < softcap < math.inf)
+        and (sinks is None or _is_of_heads(sinks, heads, device))
+    )  # fmt: skip
+
+
+def _is_row(mask: torch.Tensor, batch: int, length: int, device: torch.device) -> bool:
+    shapes = (batch, 1, 1, length), (1, 1, 1, length)
+    return mask.dtype == torch.bool and mask.shape in shapes and mask.device == device
+
+
+def _is_of_heads(sinks: torch.Tensor, heads: int, device: torch.device) -> bool:
+    return sinks.is_floating_point() and sinks.shape == (heads,) and sinks.device == device
 
 
 def _dispatch(

@@ -38,8 +38,8 @@ class LayerStats:
         samples: draws, summed over rows of the batch and query heads.
         dense: decode calls that were dense as configured (estimator "dense", or in every row fewer
             visible keys than min_context).
-        multi_token: calls with several query tokens (prefill, speculative verification), dense by
-            design.
+        multi_token: calls with several query tokens (speculative verification) or of a prefill, which
+            may come in pieces of one token: dense by design.
         fallbacks: decode calls that went dense because they cannot be sampled, or that expanded
             latents to be dense, by reason.
         rows_read, rows_visible: distinct value rows read and value rows visible, over rows of the

@@ -103,6 +103,45 @@ def test_a_new_configuration_reaches_a_compiled_model() -> None:
     assert not any(torch.equal(seen[0], other) for other in seen[1:])
 
 
+def test_a_new_seed_compiles_nothing_again() -> None:
+    """It is an input of the graph; Dynamo would give up at the ninth constant."""
+    model = tiny.use(tiny.build("llama", torch.float64), "santa", samples=4)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    santa_hf.configure(model, {"samples": 4, "layers": {1: {"samples": 3}}})
+    decode(model, compiled, 12)
+    counters.clear()
+    seen = []
+    for seed in (0, 1, 2, 3, 4, 5, 6, 2**40, 2**63 - 1, 9):
+        santa_hf.configure(model, {"samples": 4, "seed": seed, "layers": {1: {"samples": 3}}})
+        seen.append(decode(model, compiled, 12))
+        assert torch.equal(seen[-1], decode(model, model, 12))
+    assert counters["stats"]["unique_graphs"] == 0
+    assert len({tuple(tokens.flatten().tolist()) for tokens in seen}) > 8
+    # Set by hand it is a constant of the graph, and heeded.
+    for change in ({"seed": 3}, {"seed": 4}):
+        model.config.santa |= change
+        assert torch.equal(decode(model, compiled, 12), decode(model, model, 12))
+    model.config.santa = {"samples": 4, "seed": 5}
+    assert torch.equal(decode(model, compiled, 12), decode(model, model, 12))
+
+
+@pytest.mark.parametrize(("family", "graphs"), [("llama", 1), ("gemma3", 2)])
+def test_200_steps_compile_nothing_again(family: str, graphs: int) -> None:
+    """Nor do seeds between calls of generate, after the first."""
+    model = tiny.use(tiny.build(family), "santa", samples=4)
+    batch = tiny.left_padded(tiny.prompts(60, 45))  # longer than a window
+    compile_config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    compile_config._compile_all_devices = True
+    counters.clear()
+    for seed, steps in ((0, 200), (1, 20), (2, 20)):
+        santa_hf.configure(model, {"samples": 4, "seed": seed})
+        model.generate(
+            **batch, max_new_tokens=steps, do_sample=False, cache_implementation="static",
+            compile_config=compile_config,
+        )  # fmt: skip
+        assert counters["stats"]["unique_graphs"] == graphs
+
+
 def test_a_fallback_warns_when_its_graph_is_traced() -> None:
     model = tiny.use(tiny.build("llama"), "santa").train()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

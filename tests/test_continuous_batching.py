@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.generation.continuous_batching import continuous_api
 
 import santa_hf
 from santa_hf.integration import paged
@@ -23,25 +26,34 @@ NEW_TOKENS = 20
 PROMPTS = [row[0].tolist() for row in tiny.prompts(150, 37, 90, 200, 61)]
 # The experts of gpt_oss have no float64.
 FAMILIES = [family for family in tiny.FAMILIES if family != "gpt_oss"]
+_PAGES = "page_size" in inspect.signature(ContinuousBatchingConfig).parameters  # 5.23
 
 
-def alone(model: PreTrainedModel, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+def alone(
+    model: PreTrainedModel, prompts: list[list[int]] = PROMPTS, new_tokens: int = NEW_TOKENS
+) -> list[list[int]]:
     out = []
     for prompt in prompts:
-        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
+        ids = torch.tensor([prompt])
+        # Without a mask, generate would hide padding tokens, which are tokens like others here.
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens}
+        tokens = model.generate(ids, do_sample=False, **settings)
         out.append(tokens[0, len(prompt) :].tolist())
     return out
 
 
 def together(
-    model: PreTrainedModel, prompts: list[list[int]] = PROMPTS, **changes: Any
+    model: PreTrainedModel,
+    prompts: list[list[int]] = PROMPTS,
+    new_tokens: int = NEW_TOKENS,
+    **changes: Any,
 ) -> list[list[int]]:
     out = model.generate_batch(
         prompts,
         generation_config=GenerationConfig(
-            max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
+            max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
         ),
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, **changes),
+        continuous_batching_config=ContinuousBatchingConfig(**{"num_blocks": 64, **changes}),
     )
     assert all(output.error is None for output in out.values())
     return [out[name].generated_tokens for name in sorted(out)]
@@ -77,7 +89,120 @@ def test_prompts_of_one_token() -> None:
     """Their prefill has one query token, and nothing to read from the cache."""
     model = tiny.use(tiny.shared("llama", torch.float64), "santa", samples=8)
     prompts = [[5], [71], [40]]
-    assert together(model, prompts) == alone(model, prompts)
+    expected = alone(model, prompts)
+    santa_hf.reset_stats(model)
+    assert together(model, prompts) == expected
+    draws = tiny.LAYERS * tiny.HEADS * 8 * len(prompts) * (NEW_TOKENS - 1)
+    assert santa_hf.stats(model).total.samples == draws
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_pieces_of_a_prompt_that_are_one_token_long(family: str) -> None:
+    """They look like decode steps, and are dense like the rest of the prompt."""
+    model = tiny.use(tiny.shared(family, torch.float64), "santa", samples=4)
+    prompts = [row[0].tolist() for row in tiny.prompts(71, 141, 70, 9)]
+    expected = alone(model, prompts)
+    santa_hf.reset_stats(model)
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert together(model, [prompt], max_batch_tokens=70) == [tokens]
+    assert together(model, prompts, max_batch_tokens=70) == expected
+    draws = tiny.LAYERS * tiny.HEADS * 4 * len(prompts) * (NEW_TOKENS - 1)
+    assert santa_hf.stats(model).total.samples == 2 * draws
+
+
+def test_shared_prefixes_are_those_of_prompts() -> None:
+    """A prompt finds what another prompt left in the cache, of which one token may remain to prefill,
+    but not what was generated: keys and values of sampled tokens are others."""
+    model = tiny.use(tiny.shared("llama", torch.float64), "santa", samples=4)
+    prompt = tiny.prompts(65)[0][0].tolist()
+    (answer,) = alone(model, [prompt])
+    second_turn = prompt + answer + prompt[:30]
+    prompts = [prompt, prompt, second_turn, second_turn[:97], prompt[:64]]
+    expected = alone(model, prompts)
+    size = {"page_size": 32} if _PAGES else {"block_size": 32}
+    assert together(model, prompts, max_batch_tokens=70, **size) == expected
+    if _PAGES:
+        assert together(model, prompts, max_requests_per_batch=1, **size) == expected
+
+
+def test_a_sampled_sequence_forks_at_its_prompt() -> None:
+    """The last token of the prompt, which each of them prefills for itself, is dense."""
+    model = tiny.use(tiny.shared("llama", torch.float64), "santa", samples=4)
+    out = model.generate_batch(
+        PROMPTS[:2],
+        generation_config=GenerationConfig(
+            max_new_tokens=NEW_TOKENS, do_sample=True, top_k=1, num_return_sequences=3,
+            eos_token_id=-1, pad_token_id=0,
+        ),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64),
+    )  # fmt: skip
+    counters = santa_hf.stats(model).total
+    assert counters.samples == tiny.LAYERS * tiny.HEADS * 4 * 6 * (NEW_TOKENS - 1)
+    expected = alone(model, PROMPTS[:2])
+    seen = [output.generated_tokens for output in out.values()]
+    returned = 3 if _PAGES else 1  # 5.17 returns the parent alone
+    assert [seen.count(tokens) for tokens in expected] == [returned, returned]
+    assert len(seen) == 2 * returned
+
+
+@pytest.mark.parametrize("blocks", [8, 10])
+def test_evicted_requests_are_fed_again_as_they_were(blocks: int) -> None:
+    """Without room in the cache a request starts over: its prompt dense, what it generated sampled."""
+    model = tiny.use(tiny.shared("llama", torch.float64), "santa", samples=4)
+    prompts = [row[0].tolist() for row in tiny.prompts(60, 50, 70, 40)]
+    expected = alone(model, prompts, 60)
+    santa_hf.reset_stats(model)
+    size = {"page_size": 32} if _PAGES else {"block_size": 32}
+    for sharing in (False, True):
+        settings = {"num_blocks": blocks, "allow_block_sharing": sharing, **size}
+        assert together(model, prompts, 60, **settings) == expected
+    draws = tiny.LAYERS * tiny.HEADS * 4 * len(prompts) * 59
+    assert santa_hf.stats(model).total.samples > 2 * draws  # there were evictions
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_async_batching": True}, {"max_batch_tokens": -1}],
+    ids=str,
+)
+def test_a_manager_that_fails_leaves_the_model_as_it_was(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.use(tiny.build("llama"), "santa")
+    with pytest.raises(Exception):  # noqa: B017, PT011 - Transformers' own
+        together(model, **settings)
+    assert model.config._attn_implementation == "santa"
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no generation config")
+
+    monkeypatch.setattr(model, "_get_logits_processor", fail, raising=True)
+    with pytest.raises(RuntimeError, match="no generation config"):
+        together(model)
+    assert model.config._attn_implementation == "santa"
+
+
+def test_flash_attention_that_is_there_is_not_switched_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in (2, 3):
+        name = f"is_flash_attn_{version}_available"
+        if hasattr(continuous_api, name):
+            monkeypatch.setattr(continuous_api, name, lambda **_: True)
+    model = tiny.use(tiny.build("llama"), "santa", samples=8)
+    seen = []
+    monkeypatch.setattr(
+        model, "set_attn_implementation", _recorded(model.set_attn_implementation, seen)
+    )
+    together(model, PROMPTS[:1])
+    assert seen == [PAGED, "santa"]
+    assert santa_hf.stats(model).total.sampled == tiny.LAYERS * (NEW_TOKENS - 1)
+
+
+def _recorded(call: Callable[[str], None], seen: list[str]) -> Callable[[str], None]:
+    def recorded(name: str) -> None:
+        seen.append(name)
+        call(name)
+
+    return recorded
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

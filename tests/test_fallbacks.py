@@ -333,12 +333,12 @@ ENCODER_DECODERS = {
 def test_encoder_decoder(tmp_path: Path) -> None:
     """Self-attention without a bias is sampled, as configured; the rest is exact."""
     inputs = tiny.left_padded(tiny.prompts(150, 137))
-    steps = 6  # the decoder starts from one token, so every step of it is a decode step
+    steps = 6  # after the prefill of the one token that the decoder starts from
 
     def generate(model: PreTrainedModel) -> torch.Tensor:
         out = model.generate(
             **inputs,
-            max_new_tokens=steps,
+            max_new_tokens=steps + 1,
             do_sample=False,
             num_beams=1,
             output_logits=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -135,6 +136,49 @@ def test_rows_with_little_context_are_dense() -> None:
     generate(tiny.use(model, "santa", samples=16, min_context=1000))
     counters = santa_hf.stats(model).total
     assert (counters.sampled, counters.dense) == (0, tiny.LAYERS * DECODE_STEPS)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_prompt_is_dense_in_pieces_of_one_token(family: str, cache: str) -> None:
+    """The last piece of a chunked prefill may look like a decode step."""
+    model = tiny.use(tiny.shared(family, torch.float64), "santa", samples=4)
+    settings = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
+    for length, pieces in ((65, 64), (129, 64), (5, 1)):
+        prompt = tiny.prompts(length)[0]
+        whole = model.generate(prompt, **settings)
+        santa_hf.reset_stats(model)
+        assert torch.equal(model.generate(prompt, **settings, prefill_chunk_size=pieces), whole)
+        counters = santa_hf.stats(model).total
+        assert counters.sampled == tiny.LAYERS * 11
+        assert counters.multi_token == tiny.LAYERS * -(-length // pieces)
+
+
+def test_a_prompt_of_one_token_is_dense() -> None:
+    """The first generated token is, as after any prompt; with sinks that shows."""
+    for family in ("llama", "gpt_oss"):
+        model = tiny.use(tiny.shared(family), "santa", samples=4)
+        logits = generate(model, input_ids=torch.tensor([[7]]), attention_mask=None)
+        counters = santa_hf.stats(model).total
+        assert counters.multi_token == tiny.LAYERS
+        assert counters.sampled == tiny.LAYERS * DECODE_STEPS
+        exact = model(torch.tensor([[7]]).repeat(1, 2)).logits[:, :1]
+        torch.testing.assert_close(logits[:, :1], exact, rtol=1e-4, atol=1e-4)
+
+
+def test_one_token_after_a_saved_cache_is_a_decode_step() -> None:
+    """`generate` continues by the last token that it generated: the tokens of a run without a break."""
+    model = tiny.use(tiny.shared("llama", torch.float64), "santa", samples=4)
+    whole = model.generate(ROWS[2], max_new_tokens=20, do_sample=False)
+    settings = {"do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(ROWS[2], max_new_tokens=8, **settings)
+    for tokens in (first.sequences, first.sequences[:, -1:]):
+        cache = copy.deepcopy(first.past_key_values)
+        mask = torch.ones_like(first.sequences)
+        rest = model.generate(
+            tokens, attention_mask=mask, past_key_values=cache, max_new_tokens=12, **settings
+        )
+        assert torch.equal(rest.sequences[:, -12:], whole[:, -12:])
 
 
 @pytest.mark.parametrize("padding", [None, 20, 33, 64])

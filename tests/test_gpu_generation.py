@@ -14,11 +14,12 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AttentionInterface, PreTrainedModel, StoppingCriteria
 from transformers.generation.utils import DeferredStopCheck
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import santa_hf
 from santa_hf import santa_decode
-from santa_hf.integration.attention import santa_attention
-from santa_hf.integration.cache import InPlaceLayer
+from santa_hf.integration.attention import santa_attention, santa_mask
+from santa_hf.integration.cache import InPlaceLayer, InPlaceSlidingWindowLayer
 
 pytestmark = pytest.mark.gpu
 
@@ -157,15 +158,45 @@ def test_eager_steps_never_wait_for_the_gpu(
         "santa",
         _never_waiting(santa_attention, attention_calls),
     )
-    monkeypatch.setattr(InPlaceLayer, "update", _never_waiting(InPlaceLayer.update, update_calls))
+    for layer in (InPlaceLayer, InPlaceSlidingWindowLayer):
+        monkeypatch.setattr(layer, "update", _never_waiting(layer.update, update_calls))
+    mask_calls: list[int] = []
+    monkeypatch.setitem(
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping,
+        "santa",
+        _never_waiting(santa_mask, mask_calls),
+    )
     model = tiny.use(tiny.build(family).cuda(), "santa", samples=16, min_context=min_context)
     generate(model, 150, cache_implementation=cache, disable_compile=True)
     assert len(attention_calls) == 150 * tiny.LAYERS
+    assert len(mask_calls) == 150 * (2 if family == "gemma3" else 1)
     if cache == "dynamic":
-        assert update_calls
+        assert len(update_calls) >= 150 * tiny.LAYERS
     # The mode does see a wait.
     with pytest.raises(RuntimeError, match="synchroniz"):
         _never_waiting(lambda: bool(torch.ones(1, device="cuda")), [1] * 100)()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_compiled_steps_never_wait_for_the_gpu(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the mask, which is made in eager, nor a replay of the graphs of the step."""
+    mask_calls: list[int] = []
+    monkeypatch.setitem(
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping,
+        "santa",
+        _never_waiting(santa_mask, mask_calls),
+    )
+    model = tiny.use(tiny.build(family).cuda(), "santa", samples=16)
+    step_calls: list[int] = []
+    compiled = model.get_compiled_call
+    monkeypatch.setattr(
+        model, "get_compiled_call", lambda *args: _never_waiting(compiled(*args), step_calls)
+    )
+    generate(model, 150, cache_implementation="static")
+    assert len(step_calls) == 149
+    assert len(mask_calls) == 150 * (2 if family == "gemma3" else 1)
 
 
 class _Compilations(StoppingCriteria):

@@ -1,6 +1,7 @@
 """The attention and mask functions that `attn_implementation="santa"` resolves to.
 
-A call with one query token per row is a decode step and is sampled; anything else is dense by design.
+A call with one query token per row is a decode step and is sampled, but where that token is a prompt's
+(see `prefill`); anything else is dense by design.
 A decode step that cannot be sampled goes to the exact path of the model's own kind, is counted, and
 warns once per reason, or raises under `strict`.
 """
@@ -14,17 +15,22 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.nn.functional import pad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
 from .. import reference
 from ..config import LayerConfig, SantaConfig
-from ..functional import santa_decode
+from ..functional import are_valid, decode_valid, santa_decode
 from ..stats import count_as_dense, counting_value_rows, layer_stats, warn_once
 from . import mla
 from .compat import heads_of_layer
-from .configure import layer_config
+from .configure import layer_config, traced_seed
+from .prefill import is_prefill
 
 __all__ = ["santa_attention", "santa_mask"]
 
@@ -41,17 +47,20 @@ def santa_mask(
     """Mask function of Transformers' AttentionMaskInterface: SDPA's, which is bool, or None for none.
 
     Registered under the name of the attention function: without it Transformers passes no mask at all,
-    and padding is silently attended to.
+    and padding is silently attended to. The mask of a decode step hides what SDPA's hides, and is made
+    without asking the device whether there is any padding: the host would wait for it at every step.
 
     Raises:
-        ValueError: the mask is longer than a dynamic cache, or this step is beyond the end of a static
-            one. (On a GPU its length is known to the device alone, which stops at a check of its own.)
+        ValueError: the mask is longer than the cache, or this step is beyond the end of a static one.
+            (Where a static cache on a GPU ends is known to the device alone, which stops at a check of
+            its own.)
     """
-    full = kwargs.get("mask_function") is causal_mask_function
+    mask_function = kwargs.get("mask_function")
+    full = mask_function is causal_mask_function
     two_dimensional = attention_mask is None or attention_mask.ndim == 2
-    known = isinstance(q_offset, int) or q_offset.device.type == "cpu"
-    if known and isinstance(kv_offset, int) and not torch.compiler.is_compiling():
-        room, stop = kv_length + kv_offset, q_offset + q_length
+    eager = isinstance(kv_offset, int) and not torch.compiler.is_compiling()
+    if eager:
+        room, stop = kv_length + kv_offset, q_offset + q_length if _on_host(q_offset) else 0
         if stop > room:
             raise ValueError(
                 f"position {stop - 1} is beyond the end of the cache: it has room for "
@@ -59,15 +68,22 @@ def santa_mask(
             )
         # A static cache may come with a mask for all that it will ever hold; so may a sliding layer
         # of one, which does not tell itself from a dynamic one.
-        if full and isinstance(stop, int) and attention_mask is not None and two_dimensional:
+        if full and attention_mask is not None and two_dimensional:
             covered = attention_mask.shape[-1]
             if covered > room:
                 raise ValueError(
                     f"attention_mask covers {covered} tokens, and the cache with this step {room}"
                 )
-    static = isinstance(q_offset, torch.Tensor) and isinstance(kv_offset, int) and kv_offset == 0
-    if full and static and two_dimensional and q_length == 1:
-        return _static_row(kwargs["batch_size"], kv_length, q_offset, attention_mask)
+    if q_length == 1 and two_dimensional and isinstance(kv_offset, int):
+        batch = kwargs["batch_size"]
+        if full and isinstance(q_offset, torch.Tensor) and kv_offset == 0:
+            return _static_row(batch, kv_length, q_offset, attention_mask)
+        window = None if full or not eager else _sliding_window(mask_function)
+        if eager and isinstance(q_offset, int) and (full or window is not None):
+            shown = (kv_offset if window is None else max(kv_offset, q_offset - window + 1), stop)
+            skip = kwargs.get("allow_is_causal_skip", True)
+            device = torch.device(kwargs.get("device", "cpu"))
+            return _row(batch, kv_length, kv_offset, shown, attention_mask, device, skip)
     return sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,
@@ -78,6 +94,63 @@ def santa_mask(
     )
 
 
+def _on_host(offset: Any) -> bool:
+    return isinstance(offset, int) or offset.device.type == "cpu"
+
+
+_CAUSAL_WINDOW = sliding_window_causal_mask_function(1).__code__
+_WINDOW = sliding_window_overlay(1).__code__
+
+
+def _sliding_window(mask_function: Any) -> int | None:
+    """The window of Transformers' causal sliding window function, which closes over it, else None."""
+    if getattr(mask_function, "__code__", None) is not _CAUSAL_WINDOW:
+        return None
+    parts = mask_function.__closure__[0].cell_contents
+    if len(parts) != 2 or parts[1] is not causal_mask_function:
+        return None
+    if getattr(parts[0], "__code__", None) is not _WINDOW:
+        return None
+    return cast(int, parts[0].__closure__[0].cell_contents)
+
+
+def _row(
+    batch: int,
+    length: int,
+    first: int,
+    shown: tuple[int, int],
+    padding: torch.Tensor | None,
+    device: torch.device,
+    skip: bool,
+) -> torch.Tensor | None:
+    """The mask of one step, bool (batch, 1, 1, length), where the host knows its position.
+
+    Args:
+        first: position of the first of the `length` keys.
+        shown: positions from and to which keys are visible, but for `padding` (batch, n), bool.
+        skip: whether the mask may be None if it hides nothing, and a view. Where it may not, a compiled
+            step takes it, for which masks are alike.
+    """
+    start, stop = shown
+    whole = shown == (first, first + length)
+    if padding is None:
+        if whole and skip:
+            return None
+        row = torch.zeros(1, length, dtype=torch.bool, device=device)
+        row[:, start - first : stop - first].fill_(True)
+    else:
+        padding = padding.to(device, torch.bool)
+        if whole and stop <= padding.shape[1]:
+            row = padding[:, start:stop]
+            if not skip or start:  # a view that wanders would be aligned differently at every step
+                row = row.clone()
+        else:
+            row = padding.new_zeros(len(padding), length)
+            stop = max(start, min(stop, padding.shape[1]))
+            row[:, start - first : stop - first].copy_(padding[:, start:stop])
+    return row[:, None, None].expand(batch, 1, 1, length)
+
+
 def _static_row(
     batch: int, length: int, position: torch.Tensor, padding: torch.Tensor | None
 ) -> torch.Tensor:
@@ -86,11 +159,16 @@ def _static_row(
     SDPA's function launches a dozen small kernels for it, which the GPU waits for before it can replay
     the graph of the step.
     """
-    visible = (torch.arange(length, device=position.device) <= position)[None]
-    if padding is not None:
-        covered = padding[:, :length].to(visible.device, torch.bool)
-        visible = visible & pad(covered, (0, length - covered.shape[1]))
-    return visible[:, None, None].expand(batch, 1, 1, length)
+    slots = torch.arange(length, device=position.device)
+    if padding is None:
+        row = (slots <= position)[None]
+    else:
+        covered = padding[:, :length].to(position.device, torch.bool)
+        if covered.shape[1] < length:  # what the mask does not cover is hidden
+            position = position.clamp(max=covered.shape[1] - 1)
+        row = slots <= position.expand(len(covered), 1)
+        row[:, : covered.shape[1]].logical_and_(covered)
+    return row[:, None, None].expand(batch, 1, 1, length)
 
 
 def santa_attention(
@@ -125,18 +203,26 @@ def santa_attention(
     if not torch.compiler.is_compiling():
         mla.adopt(module)
     exact = (module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    if query.shape[2] != 1:
+    if query.shape[2] != 1 or is_prefill():
         _count(module, "multi_token")
         return _exact_attention(*exact)
 
     latent = mla.are_latents(module, key, value)
-    _check_inputs(query, key, value, attention_mask, latent)
-    config = layer_config(module, santa)
+    position = _position(query.shape[0], kwargs)
+    valid = not latent and are_valid(
+        query, key, value, attention_mask, position, kwargs.get("softcap"), kwargs.get("s_aux")
+    )
+    if not valid:
+        _check_inputs(query, key, value, attention_mask, latent)
+    config = layer_config(module, santa, query.device)
+    seed = None if santa is not None else traced_seed(module, query.device)
     head_offset = _head_offset(module, query.shape[1])
     if head_offset is None:
         reason: str | None = "the heads of the layer are sharded in an unknown way"
     else:
-        reason = _why_not_sampled(module, query, key, value, attention_mask, dropout, kwargs)
+        reason = _why_not_sampled(
+            module, query, key, value, attention_mask, position, dropout, kwargs
+        )
     # Exact attention is what was asked for, but not to expand a cache of latents for it.
     falls_back = config.estimator != "dense" or mla.caches_latents(module)
     if reason is not None and falls_back:
@@ -149,15 +235,15 @@ def santa_attention(
 
     if latent:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query = mla.absorb(module, query)
-        out = _decode(
-            module, query, key, key, attention_mask, scaling, config, head_offset, kwargs, value
-        )
-        out = mla.project(module, out)
+        query, value, rotary_key = mla.absorb(module, query), key, value
     else:
-        out = _decode(
-            module, query, key, value, attention_mask, scaling, config, head_offset, kwargs
-        )
+        rotary_key = None
+    out = _decode(
+        module, query, key, value, attention_mask, scaling, config, seed, position, head_offset, kwargs,
+        rotary_key, valid,
+    )  # fmt: skip
+    if latent:
+        out = mla.project(module, out)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -225,13 +311,20 @@ def _decode(
     mask: torch.Tensor | None,
     scaling: float | None,
     config: LayerConfig,
+    seed: torch.Tensor | None,
+    position: torch.Tensor | None,
     head_offset: int | None,
     kwargs: Mapping[str, Any],
-    rotary_key: torch.Tensor | None = None,
+    rotary_key: torch.Tensor | None,
+    valid: bool,
 ) -> torch.Tensor:
-    """One decode step as configured: (B, H, 1, Dv)."""
+    """One decode step as configured, but for a `seed`, int64 (1,), of a traced graph: (B, H, 1, Dv).
+
+    Args:
+        valid: whether the tensors are known to be valid, and need no check that names what is wrong.
+    """
     step = partial(
-        santa_decode,
+        decode_valid if valid else santa_decode,
         query,
         key,
         value,
@@ -251,14 +344,13 @@ def _decode(
         _count(module, "dense")
         return step(estimator="dense")
     exact = _short_rows(mask, batch, config.min_context)
-    position = _position(batch, kwargs)
     assert head_offset is not None  # such a layer went dense
     out = step(
         exact=exact,
         head_offset=head_offset,
         samples=config.samples,
         estimator=config.estimator,
-        seed=config.seed,
+        seed=config.seed if seed is None else seed.expand(batch).contiguous(),
         layer=cast(int, module.layer_idx),
         position=position,
     )
@@ -349,6 +441,7 @@ def _why_not_sampled(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    position: torch.Tensor | None,
     dropout: float,
     kwargs: Mapping[str, Any],
 ) -> str | None:
@@ -388,7 +481,7 @@ def _why_not_sampled(
         and mask.shape[1:] == (1, 1, key.shape[2])
     ):
         return "the mask is not a boolean row per sequence"
-    if _position_ids(kwargs) is not None:
+    if position is not None:
         return None
     if not hasattr(module, "is_causal") and kwargs.get("is_causal") is None:
         return "the layer does not say that it is causal, and was called without position_ids"
@@ -404,18 +497,13 @@ def _is_causal(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
-def _position_ids(kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """Position of this step's token in each row, (B or 1, 1)."""
+def _position(batch: int, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Position of this step's token in each row, (B,), from position_ids (B or 1, 1)."""
     position_ids = kwargs.get("position_ids")
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != 1:
         return None
-    return cast(torch.Tensor, position_ids)
-
-
-def _position(batch: int, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The same as (B,)."""
-    position_ids = _position_ids(kwargs)
-    return None if position_ids is None else position_ids.flatten().expand(batch)
+    row = cast(torch.Tensor, position_ids).reshape(-1)
+    return row if position_ids.shape[0] == batch else row.expand(batch)
 
 
 def _head_offset(module: torch.nn.Module, heads: int) -> int | None:
@@ -424,13 +512,14 @@ def _head_offset(module: torch.nn.Module, heads: int) -> int | None:
     Tensor parallelism leaves each rank an equal run of heads, in the order of the ranks; the weights
     say how they are sharded. A layer that every rank has as a whole draws alike everywhere.
     """
-    whole = heads_of_layer(module)
-    if whole is None or heads == whole:
-        return 0
-    known = _offsets.get(module)
+    traced = torch.compiler.is_compiling()
+    known = None if traced else _offsets.get(module)
     if known is None or known[0] != heads:
-        known = (heads, _sharded_offset(module, heads, whole))
-        _offsets[module] = known
+        whole = heads_of_layer(module)
+        all_here = whole is None or heads == whole
+        known = (heads, 0 if all_here else _sharded_offset(module, heads, cast(int, whole)))
+        if not traced:
+            _offsets[module] = known
     return known[1]
 
 

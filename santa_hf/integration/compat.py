@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["heads_of_layer", "longest_query", "paged_layer", "paged_update"]
+__all__ = ["heads_of_layer", "longest_query", "paged_layer", "paged_update", "shareable_blocks"]
 
 
 def heads_of_layer(module: Any) -> int | None:
@@ -52,3 +52,21 @@ def paged_update(
     indices = {name: kwargs[name] for name in ("read_index", "write_index")}
     key, value = cache.update(**states, **indices)
     return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+
+
+def shareable_blocks(cache: Any, future: Any, prompt: int) -> Any:
+    """Of the blocks that a step of continuous batching completes for a request, as it counts them, how
+    many lie within the `prompt` tokens of its prompt: int (5.17), or one for each group (5.23)."""
+    start = future.state.position_offset
+    stop = start + future.query_length
+
+    def within(count: int, size: int) -> int:
+        last = stop // size
+        return max(0, min(last, prompt // size) - (last - count))
+
+    if not isinstance(future.complete_blocks, Mapping):
+        return within(future.complete_blocks, getattr(cache, "block_size", 1))
+    return {
+        name: within(count, cache.cache_allocators[name].tokens_per_page)
+        for name, count in future.complete_blocks.items()
+    }

@@ -2,8 +2,14 @@
 
 A step holds the new tokens of many sequences one after the other, and the paged cache returns the keys
 and values of each sequence likewise. Sequences with one new token decode and are sampled, together, as
-rows of one padded batch; the others prefill and are dense. A sequence therefore draws the same uniforms
-as in `generate`.
+rows of one padded batch; the others prefill and are dense, and so is a single token of a prompt. A
+sequence therefore draws the same uniforms as in `generate`.
+
+Keys and values of a generated token come out of sampled attention, and are not what a dense prefill of
+it gives. Transformers takes one for the other: under cache pressure it drops a request's cache and
+prefills prompt and generated tokens again, and it shares blocks of the cache by their tokens alone. Here
+an evicted request is fed its generated tokens one a step, as the first time: it takes longer, gets the
+same tokens, and its draws are made, and counted, again. Blocks are shared as far as they hold a prompt.
 
 Transformers knows no "santa" here: 5.23 refuses it or switches to flash attention, 5.17 looks for
 "paged|santa". `allow_continuous_batching` lets its manager switch to `PAGED`, and back at its end.
@@ -12,16 +18,19 @@ Transformers knows no "santa" here: 5.23 refuses it or switches to flash attenti
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
+from transformers.generation.continuous_batching.scheduler import Scheduler
 
 from ..config import SantaConfig
 from .attention import santa_attention
-from .compat import longest_query, paged_layer, paged_update
+from .compat import longest_query, paged_layer, paged_update, shareable_blocks
+from .prefill import prefilling
 
 __all__ = ["PAGED", "allow_continuous_batching", "santa_paged_attention", "santa_paged_mask"]
 
@@ -91,12 +100,12 @@ def santa_paged_attention(
 
     rows, slots = None, kwargs["read_index"][group]
     mask: torch.Tensor | None
-    if longest_q == 1 and starts_q.shape[0] == tokens + 1:
+    prompts = getattr(cache, "_santa_prompts", [])  # whether each sequence is at its prompt
+    if longest_q == 1 and starts_q.shape[0] == tokens + 1 and not any(prompts):
         # The cache reads by indices that lay the sequences out as rows, so that nothing is copied twice.
         index, mask = _padded_rows(starts_k[:-1], starts_k[1:], longest_k, window)
-        if slots.numel():  # else every sequence is new, and one token long
-            padded = torch.where(mask, slots[index.clamp(max=len(slots) - 1)], 0)
-            kwargs = {**kwargs, "read_index": {group: padded.flatten()}}
+        padded = torch.where(mask, slots[index.clamp(max=len(slots) - 1)], 0)
+        kwargs = {**kwargs, "read_index": {group: padded.flatten()}}
         keys, values = paged_update(cache, key, value, module.layer_idx, kwargs)
         keys, values = (states[0].unflatten(1, index.shape) for states in (keys, values))
         if index.shape == (1, len(slots)):
@@ -104,14 +113,16 @@ def santa_paged_attention(
     else:
         key, value = paged_update(cache, key, value, module.layer_idx, kwargs)
         q, k = starts_q.tolist(), starts_k.tolist()
-        decoding = [i for i in range(len(q) - 1) if q[i + 1] - q[i] == 1]
+        prompts = [*prompts, *[False] * (len(q) - 1 - len(prompts))]  # empty ones follow
+        decoding = [i for i in range(len(q) - 1) if q[i + 1] - q[i] == 1 and not prompts[i]]
         out = query.new_zeros(1, tokens, query.shape[1], value.shape[-1])
         for i in range(len(q) - 1):
-            if q[i + 1] - q[i] > 1:
+            if q[i + 1] - q[i] > 1 or prompts[i]:
                 keys, values = key[:, :, k[i] : k[i + 1]], value[:, :, k[i] : k[i + 1]]
                 queries = query[:, :, q[i] : q[i + 1]]
                 mask = _prefill_mask(queries.shape[2], keys.shape[2], window, query.device)
-                out[:, q[i] : q[i + 1]] = attend(queries, keys, values, mask)[0]
+                with prefilling():
+                    out[:, q[i] : q[i + 1]] = attend(queries, keys, values, mask)[0]
         if not decoding:
             return out, None
         sequences = torch.tensor(decoding, device=query.device)
@@ -166,20 +177,115 @@ def _padded_rows(
     return index, index < stop[:, None]
 
 
-def allow_continuous_batching() -> None:
-    """Let the manager of continuous batching keep a santa model at santa. May be called again."""
-    original = ContinuousBatchingManager.switch_to_cb_friendly_attn
-    if hasattr(original, "_santa"):
-        return
+_Method = Callable[..., Any]
 
-    @functools.wraps(original)
-    def switch(self: ContinuousBatchingManager, model: Any, *args: Any, **kwargs: Any) -> None:
+
+def _restoring(method: _Method) -> _Method:
+    """ContinuousBatchingManager: on an error before the manager runs, which nothing stops then, the
+    model gets its attention back."""
+
+    def restoring(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException:
+            before = getattr(self, "_original_attn_impl", None)
+            if before is not None:
+                model = getattr(self, "model", None) or (args[0] if args else kwargs["model"])
+                model.set_attn_implementation(before)
+                self._original_attn_impl = None
+            raise
+
+    return restoring
+
+
+def _switched(switch: _Method) -> _Method:
+    """ContinuousBatchingManager: a santa model attends with `PAGED`, until the manager stops."""
+
+    def switch_to_cb_friendly_attn(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         attention = model.config.get_text_config(decoder=True)._attn_implementation
         if attention == "santa":
             self._original_attn_impl = model.config._attn_implementation
             model.set_attn_implementation(PAGED)
         elif attention != PAGED:
-            original(self, model, *args, **kwargs)
+            switch(self, model, *args, **kwargs)
 
-    switch._santa = True  # type: ignore[attr-defined]
-    ContinuousBatchingManager.switch_to_cb_friendly_attn = switch  # type: ignore[method-assign]
+    return switch_to_cb_friendly_attn
+
+
+def _prompt_length(state: Any) -> int:
+    """Tokens of a request that its caller gave; the others of `initial_tokens` were generated."""
+    return state._true_initial_tokens or len(state.initial_tokens)
+
+
+def _samples(cache: PagedAttentionCache) -> bool:
+    return bool(cache.config._attn_implementation == PAGED)
+
+
+def _shared_within_the_prompt(infer: _Method) -> _Method:
+    """Scheduler: a request that was evicted finds no more than its prompt in shared blocks."""
+
+    def _infer_request_tokens(self: Any, state: Any, *args: Any) -> Any:
+        fresh = not state.position_offset and not state.is_cpu_offloaded
+        generated = state.remaining_prefill_tokens[_prompt_length(state) :]
+        if not (_samples(self.cache) and fresh and generated):
+            return infer(self, state, *args)
+        state.remaining_prefill_tokens = state.remaining_prefill_tokens[: _prompt_length(state)]
+        try:
+            infer(self, state, *args)
+        finally:
+            state.remaining_prefill_tokens = state.remaining_prefill_tokens + generated
+        return state.remaining_prefill_tokens
+
+    return _infer_request_tokens
+
+
+def _fed_as_generated(schedule: _Method) -> _Method:
+    """Scheduler: what an evicted request had generated is fed again as it was, one token a step."""
+
+    def _schedule_request(
+        self: Any, state: Any, request_tokens: list[int], token_budget: int, *args: Any
+    ) -> None:
+        prompt = _prompt_length(state)
+        if _samples(self.cache) and state.position_offset + len(request_tokens) > prompt:
+            token_budget = min(token_budget, max(1, prompt - state.position_offset))
+        schedule(self, state, request_tokens, token_budget, *args)
+
+    return _schedule_request
+
+
+def _prompts_marked(prepare: _Method) -> _Method:
+    """ContinuousBatchingIOs: notes which requests of the step are at their prompt, for the attention,
+    and keeps blocks with generated tokens from being shared. Steps are prepared and run in turn."""
+
+    def prepare_batch_tensors(self: Any, requests_in_batch: Any, *args: Any, **kwargs: Any) -> None:
+        if _samples(self.cache):
+            for future in requests_in_batch:
+                future.complete_blocks = shareable_blocks(
+                    self.cache, future, _prompt_length(future.state)
+                )
+            self.cache._santa_prompts = [
+                future.state.position_offset < _prompt_length(future.state)
+                for future in requests_in_batch
+            ]
+        prepare(self, requests_in_batch, *args, **kwargs)
+
+    return prepare_batch_tensors
+
+
+def allow_continuous_batching() -> None:
+    """Let the manager of continuous batching keep a santa model at santa, and its scheduler tell
+    generated tokens from those of a prompt. May be called again."""
+    for owner, name, wrapper in (
+        (ContinuousBatchingManager, "__init__", _restoring),
+        (ContinuousBatchingManager, "warmup", _restoring),
+        (ContinuousBatchingManager, "start", _restoring),
+        (ContinuousBatchingManager, "switch_to_cb_friendly_attn", _switched),
+        (Scheduler, "_infer_request_tokens", _shared_within_the_prompt),
+        (Scheduler, "_schedule_request", _fed_as_generated),
+        (ContinuousBatchingIOs, "prepare_batch_tensors", _prompts_marked),
+    ):
+        original = getattr(owner, name)
+        if not hasattr(original, "_santa"):
+            method = functools.wraps(original)(wrapper(original))
+            method._santa = True  # type: ignore[attr-defined]
+            setattr(owner, name, method)

@@ -48,8 +48,10 @@ def register() -> None:
 
     from .attention import santa_attention, santa_mask
     from .cache import use_in_place_layers
+    from .given_mask import check_given_masks
     from .mla import adopt_at_load
     from .paged import PAGED, allow_continuous_batching, santa_paged_attention, santa_paged_mask
+    from .prefill import mark_prefill
 
     AttentionInterface.register(_NAME, santa_attention)
     AttentionMaskInterface.register(_NAME, santa_mask)
@@ -57,6 +59,8 @@ def register() -> None:
     AttentionMaskInterface.register(PAGED, santa_paged_mask)
     use_in_place_layers()
     adopt_at_load()
+    mark_prefill()
+    check_given_masks()
     allow_continuous_batching()
 
 
