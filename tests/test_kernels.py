@@ -889,7 +889,7 @@ def test_hidden_tiles_are_skipped_and_change_no_bit(estimator: str) -> None:
     mask[..., :first] = False
     mask[..., hidden] = False
     keywords.update(estimator=estimator, position=torch.tensor([599], device=DEVICE))
-    rows, span = launch._visible(mask, 1, True)
+    rows, span = launch.visible(mask, 1, True)
     stash, top, total, _ = launch.scores(
         query, key, scaling=keywords["scaling"], mask=rows, span=span
     )
