@@ -70,7 +70,7 @@ class Comparison:
         verdict: "non-inferior", "inferior", "undecided" or "none".
         reason: why there is no verdict.
         documents_needed: with which the verdict is reached at 80% power if the arms are equal; None
-            without a verdict, and where seeds differ too much for any number.
+            without a verdict.
         tasks_expected: how many tasks of the group the run is to finish; None if run.json does not
             tell, and for a single task.
     """

@@ -17,8 +17,6 @@ import numpy as np
 __all__ = ["Estimate", "bootstrap", "documents_for_power", "mcnemar", "non_inferiority"]
 
 RESAMPLES = 10_000
-# More than any data set has.
-_MOST_DOCUMENTS = 2**40
 
 
 @dataclass(frozen=True)
@@ -222,14 +220,15 @@ def documents_for_power(
     bound: float = 1.0,
     power: float = 0.8,
     confidence: float = 0.95,
-) -> int | None:
+) -> int:
     """Documents with which the verdict "non-inferior" is reached as often as `power`, if arms are equal.
 
     The formula for paired proportions (Nam, Biometrics 53 (1997)): the smallest N with
-    z_confidence sqrt(s02 / N + v) + z_power sqrt(s2 / N + v) <= margin. s2 is the variance of a document
+    z_confidence sqrt((s02 + v) / N) + z_power sqrt(s2 / N) <= margin. s2 is the variance of a document
     in the pilot; s02 is that under a loss of the margin, with losses and gains tilted as by `bootstrap`
-    and its added document among N: sqrt(s2^2 + 2 s2 bound^2 / N + (bound margin)^2). v is what seeds
-    add, which more documents do not make smaller.
+    and its added document among N: sqrt(s2^2 + 2 s2 bound^2 / N + (bound margin)^2). v / N is what seeds
+    add to the interval. Few seeds add something by the chance of single draws, which more documents make
+    smaller; that is what it is taken for.
 
     Args:
         strata, weights: differences of a pilot, as for `bootstrap`; N is divided among the strata as
@@ -239,9 +238,6 @@ def documents_for_power(
         power: probability of the verdict.
         confidence: of the two-sided interval that the verdict rests on.
 
-    Returns:
-        That number; None if seeds differ too much for any.
-
     Raises:
         ValueError: `margin` is not above 0, or what `bootstrap` refuses.
     """
@@ -249,8 +245,7 @@ def documents_for_power(
         raise ValueError(f"margin must be above 0, got {margin}")
     arrays, shares = _checked(strata, weights)
     documents = sum(map(len, arrays))
-    by_documents, of_seeds = _variances(arrays, shares)
-    variance = documents * by_documents
+    variance, of_seeds = (documents * part for part in _variances(arrays, shares))
     # A document of a small stratum moves a mean over strata by more than one of N.
     step = bound * sum(
         float(share**2) * documents / len(array)
@@ -261,17 +256,12 @@ def documents_for_power(
 
     def enough(count: int) -> bool:
         at_margin = math.sqrt(variance**2 + 2 * variance * step**2 / count + (step * margin) ** 2)
-        return (
-            z_confidence * math.sqrt(at_margin / count + of_seeds)
-            + z_power * math.sqrt(variance / count + of_seeds)
-            <= margin
-        )
+        error = z_confidence * math.sqrt(at_margin + of_seeds) + z_power * math.sqrt(variance)
+        return error / math.sqrt(count) <= margin
 
     most = 1
     while not enough(most):
         most *= 2
-        if most > _MOST_DOCUMENTS:
-            return None
     return bisect_left(range(most), True, key=enough, lo=1)
 
 
