@@ -37,7 +37,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points that belong together; `index` picks colour and marker."""
+    """Points that belong together; `index` picks colour and marker, -1 the colour of text."""
 
     name: str
     index: int
@@ -64,7 +64,9 @@ def lines(
     reference: tuple[str, float] | None = None,
     x_ticks: Callable[[float], str] = "{:g}".format,
     y_ticks: Callable[[float], str] = "{:g}".format,
+    y_limits: tuple[float, float] = (-math.inf, math.inf),
     log_y: bool = False,
+    round_x: bool = False,
     joined: bool = True,
     width: int = 340,
     height: int = 250,
@@ -77,7 +79,9 @@ def lines(
         x_label, y_label: of the axes.
         reference: name and y of a dashed line.
         x_ticks, y_ticks: how tick values are written.
+        y_limits: ends that the axis and the intervals do not pass, unless `log_y`.
         log_y: whether y is logarithmic too.
+        round_x: ticks of x at round values, not at those of the points.
         joined: whether a line goes through a series.
         width, height: in CSS pixels; the chart shrinks with its column.
     """
@@ -93,29 +97,33 @@ def lines(
     to = math.log10 if log_y else float
     y_low, y_high = to(min(ys)), to(max(ys))
     pad = 0.08 * (y_high - y_low) or 0.05
-    y_low, y_high = y_low - pad, y_high + pad
+    lowest, highest = (-math.inf, math.inf) if log_y else y_limits
+    y_low, y_high = max(y_low - pad, lowest), min(y_high + pad, highest)
+    y_low, y_high = (y_low, y_high) if y_low < y_high else (y_low - 0.05, y_high + 0.05)
 
     def place_x(x: float) -> float:
         return left + (math.log2(x) - x_low) / (x_high - x_low) * (width - left - right)
 
     def place_y(y: float) -> float:
-        share = (to(max(y, floor) if log_y else y) - y_low) / (y_high - y_low)
+        y = min(max(y, floor if log_y else lowest), highest)
+        share = (to(y) - y_low) / (y_high - y_low)
         return height - bottom - share * (height - top - bottom)
 
     out = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">',
-        _text("title", left, 16, title, "start"),
+        _text("title", 8, 16, title, "start"),
     ]
     for value in _log_ticks(y_low, y_high) if log_y else _ticks(y_low, y_high):
         y = place_y(value)
         out.append(f'<path class="grid" d="M{left} {y:.1f}H{width - right}"/>')
         out.append(_text("tick", left - 6, y + 3.5, y_ticks(value), "end"))
-    last = -math.inf
-    for value in sorted(set(xs)):
+    end = -math.inf  # of the last label, at 6 pixels a character
+    for value in _round_values(2**x_low, 2**x_high) if round_x else sorted(set(xs)):
         x = place_x(value)
-        if x - last < 34:
+        half = 3 * len(x_ticks(value))
+        if x - half < end + 8:
             continue
-        last = x
+        end = x + half
         out.append(f'<path class="grid" d="M{x:.1f} {height - bottom}v4"/>')
         out.append(_text("tick", x, height - bottom + 16, x_ticks(value)))
     out.append(_text("axis", (left + width - right) / 2, height - 6, x_label))
@@ -133,7 +141,7 @@ def lines(
     for one in series:
         ordered = sorted(one.points, key=lambda point: point.x)
         path = " ".join(f"{place_x(p.x):.1f},{place_y(p.y):.1f}" for p in ordered)
-        colour = f"var(--c{one.index % COLOURS})"
+        colour = _colour(one.index)
         out.append(f'<g stroke="{colour}" fill="{colour}">')
         if joined:
             out.append(f'<polyline points="{path}" fill="none" stroke-width="1.6"/>')
@@ -156,13 +164,23 @@ def forest(
     *,
     margin: float,
     x_label: str,
+    span: tuple[float, float] | None = None,
     width: int = 520,
 ) -> str:
-    """Intervals under one another, with zero and the margin of non-inferiority marked."""
+    """Intervals under one another, with zero and the margin of non-inferiority marked.
+
+    Args:
+        title: above the chart.
+        rows: from top to bottom.
+        margin: above 0; shaded is what lies right of its negative.
+        x_label: of the axis.
+        span: what the axis shows at least, for charts that are to share it.
+        width: in CSS pixels; the chart shrinks with its column.
+    """
     left, right, top, bottom, step = 150, 16, 30, 38, 20
     height = top + step * len(rows) + bottom
-    low = min([-1.3 * margin, *(row.low for row in rows)])
-    high = max([0.3 * margin, *(row.high for row in rows)])
+    low = min([-1.3 * margin, *(row.low for row in rows), *(span or ())])
+    high = max([0.3 * margin, *(row.high for row in rows), *(span or ())])
     pad = 0.04 * (high - low)
     low, high = low - pad, high + pad
 
@@ -200,7 +218,7 @@ def legend(series: Sequence[tuple[str, int]], reference: str | None = None) -> s
     """Names of series, and of the dashed line, for several charts at once."""
     items = []
     for name, index in series:
-        colour = f"var(--c{index % COLOURS})"
+        colour = _colour(index)
         items.append(
             f'<span><svg viewBox="0 0 26 12" width="26" height="12" aria-hidden="true">'
             f'<g stroke="{colour}" fill="{colour}"><path d="M1 6H25" stroke-width="1.6"/>'
@@ -212,6 +230,10 @@ def legend(series: Sequence[tuple[str, int]], reference: str | None = None) -> s
             f'<path class="reference" d="M1 6H25"/></svg>{escape(reference)}</span>'
         )
     return f'<p class="legend">{"".join(items)}</p>'
+
+
+def _colour(index: int) -> str:
+    return "var(--ink)" if index < 0 else f"var(--c{index % COLOURS})"
 
 
 def _text(kind: str, x: float, y: float, text: str, anchor: str = "middle") -> str:
@@ -227,6 +249,16 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Round numbers between low and high for a logarithmic axis: 1, 2, 5, or finer if those are few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 2, 3, 4, 5, 6, 8)):
+        found = [float(f"{m}e{i}") for i in powers for m in steps if low <= m * 10.0**i <= high]
+        if len(found) >= 3:
+            return found
+    return _ticks(low, high)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,19 @@ from typing import Any
 import numpy as np
 
 from .cli import CommandError
-from .results import Arm, Header, Result, load_results, write_json
+from .results import Arm, Header, Result, expected_tasks, load_results, write_json, writing
 from .statistics import Estimate, bootstrap, documents_for_power, mcnemar, non_inferiority
 
-__all__ = ["Comparison", "McNemar", "compare", "main", "table", "unfinished"]
+__all__ = [
+    "Comparison",
+    "McNemar",
+    "compare",
+    "describe_missing",
+    "main",
+    "remarks",
+    "table",
+    "unfinished",
+]
 
 MARGIN = 0.02
 FLOOR = 0.2
@@ -59,7 +69,10 @@ class Comparison:
         tokens_per_second, dense_tokens_per_second: decode steps per second of time, prefill left out.
         verdict: "non-inferior", "inferior", "undecided" or "none".
         reason: why there is no verdict.
-        documents_needed: with which the verdict is reached at 80% power if the arms are equal.
+        documents_needed: with which the verdict is reached at 80% power if the arms are equal; None
+            without a verdict.
+        tasks_expected: how many tasks of the group the run is to finish; None if run.json does not
+            tell, and for a single task.
     """
 
     task: str
@@ -79,7 +92,17 @@ class Comparison:
     dense_tokens_per_second: float
     verdict: str
     reason: str | None
-    documents_needed: int
+    documents_needed: int | None
+    tasks_expected: int | None
+
+    @property
+    def title(self) -> str:
+        """The task; of a group, also over how many of the run's tasks of it the row is."""
+        count, expected = len(self.tasks), self.tasks_expected
+        if self.task == self.tasks[0]:
+            return self.task
+        of = "" if expected is None else f" of {expected}"
+        return f"{self.task} ({count}{of} task{'' if (expected or count) == 1 else 's'})"
 
 
 @dataclass(frozen=True)
@@ -112,15 +135,36 @@ class _Paired:
 
 
 def unfinished(header: Header, results: Sequence[Result]) -> list[str]:
-    """What a run has not finished, of the arms and seeds in run.json on the tasks begun."""
+    """What a run has not finished of the tasks, arms and seeds in run.json.
+
+    Returns:
+        "task/arm/seed-n" for a result; for a task without any, the task's key alone.
+    """
     done = {(r.task.key, r.arm.name, r.seed) for r in results}
-    return [
-        f"{task}/{arm.name}/seed-{seed}"
-        for task in sorted({key for key, _, _ in done})
-        for arm in header.arms.values()
-        for seed in ([0] if arm.deterministic else header.seeds)
-        if (task, arm.name, seed) not in done
-    ]
+    begun = {task for task, _, _ in done}
+    missing = []
+    for task in expected_tasks(header, results)[0]:
+        if task not in begun:
+            missing.append(task)
+            continue
+        for arm in header.arms.values():
+            for seed in [0] if arm.deterministic else header.seeds:
+                if (task, arm.name, seed) not in done:
+                    missing.append(f"{task}/{arm.name}/seed-{seed}")
+    return missing
+
+
+def describe_missing(missing: Sequence[str], most: int = 5) -> str:
+    """What `unfinished` returns, in words: how many, and the first of them."""
+    parts = []
+    for kind, names in (
+        ("whole task", [name for name in missing if "/" not in name]),
+        ("result", [name for name in missing if "/" in name]),
+    ):
+        if names:
+            shown = ", ".join(names[:most]) + (", …" if len(names) > most else "")
+            parts.append(f"{len(names)} {kind}{'s' if len(names) > 1 else ''} ({shown})")
+    return " and ".join(parts)
 
 
 def compare(
@@ -159,6 +203,7 @@ def compare(
         if task.group is not None:
             name = task.group if task.length is None else f"{task.group}-{task.length}"
             groups.setdefault(name, []).append(key)
+    expected = _expected_of_groups(header, results, groups)
     others = [arm for arm in header.arms.values() if arm.name != "dense"]
     options = {"margin": margin, "confidence": confidence}
     rows = []
@@ -173,8 +218,33 @@ def compare(
             ]
             # Of an unfinished run, a group has a row once its tasks have the same seeds.
             if len(pairs) == len(keys) and len({pair.seeds for pair in pairs}) == 1:
-                rows += _rows(name, arm, pairs, **options)
+                rows += _rows(name, arm, pairs, expected.get(name), **options)
     return rows
+
+
+def _expected_of_groups(
+    header: Header, results: Sequence[Result], groups: dict[str, list[str]]
+) -> dict[str, int]:
+    """How many tasks the run is to finish of each group; of some it may not be known."""
+    keys, unknown = expected_tasks(header, results)
+    named = {settings["task"] for settings in header.settings.get("tasks", [])}
+    counts = {name: len(found) for name, found in groups.items() if name not in unknown}
+    without_length = [r.task.group for r in results if r.task.length is None and r.task.group]
+    known = {result.task.key for result in results}
+    for key in keys:
+        if key in known or key in named:
+            continue
+        # A task without a result tells its group by its length, which RULER's tasks alone have, else
+        # by its name, unless there is one group alone.
+        length = key.rpartition("-")[2]
+        alone = len(set(without_length)) == 1
+        for name in counts:
+            group, dash, its_length = name.rpartition("-")
+            if (dash and its_length == length and group in _EQUALLY) or (
+                name in without_length and not length.isdigit() and (alone or key.startswith(name))
+            ):
+                counts[name] += 1
+    return counts
 
 
 def _pair(dense: Result, arm: list[Result]) -> _Paired:
@@ -199,19 +269,26 @@ def _pair(dense: Result, arm: list[Result]) -> _Paired:
 
 
 def _rows(
-    name: str, arm: Arm, pairs: list[_Paired], *, margin: float, confidence: float
+    name: str,
+    arm: Arm,
+    pairs: list[_Paired],
+    expected: int | None,
+    *,
+    margin: float,
+    confidence: float,
 ) -> list[Comparison]:
     """The row of a task or group; for a group with tasks at the floor, also that of the others."""
     group = pairs[0].dense.task.group
     pooled = group not in _EQUALLY
     floors = [_floor([pair]) for pair in pairs]
     if len(pairs) == 1 or pooled or not any(floors):
-        return [_row(name, arm, pairs, pooled, _floor(pairs), margin, confidence)]
+        return [_row(name, arm, pairs, pooled, _floor(pairs), expected, margin, confidence)]
     above = [pair for pair, floor in zip(pairs, floors, strict=True) if floor is None]
     reason = f"dense is near the floor on {len(pairs) - len(above)} of its {len(pairs)} tasks"
-    rows = [_row(name, arm, pairs, pooled, reason, margin, confidence)]
+    rows = [_row(name, arm, pairs, pooled, reason, expected, margin, confidence)]
     if above:
-        rows.append(_row(f"{name}, above the floor", arm, above, pooled, None, margin, confidence))
+        name = f"{name}, above the floor"
+        rows.append(_row(name, arm, above, pooled, None, expected, margin, confidence))
     return rows
 
 
@@ -236,13 +313,15 @@ def _row(
     pairs: list[_Paired],
     pooled: bool,
     floor: str | None,
+    expected: int | None,
     margin: float,
     confidence: float,
 ) -> Comparison:
     seeds = list(pairs[0].seeds)
     sizes = [len(pair.dense.documents) for pair in pairs]
     weights = sizes if pooled else [1] * len(pairs)
-    difference = bootstrap([pair.differences for pair in pairs], weights, confidence=confidence)
+    differences = [pair.differences for pair in pairs]
+    difference = bootstrap(differences, weights, confidence=confidence)
     dense = [pair.scores([pair.dense])[:, 0] for pair in pairs]
     scores = [pair.scores(pair.arm) for pair in pairs]
     outputs = [
@@ -277,9 +356,12 @@ def _row(
         dense_tokens_per_second=_speed([pair.dense for pair in pairs]),
         verdict="none" if floor else non_inferiority(difference, margin),
         reason=floor,
-        documents_needed=documents_for_power(
-            difference.standard_error, sum(sizes), margin, confidence=confidence
+        documents_needed=(
+            None
+            if floor
+            else documents_for_power(differences, weights, margin=margin, confidence=confidence)
         ),
+        tasks_expected=expected,
     )
 
 
@@ -305,8 +387,14 @@ def _speed(results: Sequence[Result]) -> float:
     return sum(result.tokens for result in results) / seconds if seconds else math.nan
 
 
-def table(rows: Sequence[Comparison], *, margin: float = MARGIN, confidence: float = 0.95) -> str:
-    """Comparisons as text, one line each; scores and differences in points."""
+def table(
+    rows: Sequence[Comparison],
+    *,
+    margin: float = MARGIN,
+    confidence: float = 0.95,
+    remarks: Sequence[str] = (),
+) -> str:
+    """Comparisons as text, one line each; scores and differences in points; remarks at the end."""
     cells = [
         [
             "task",
@@ -328,7 +416,7 @@ def table(rows: Sequence[Comparison], *, margin: float = MARGIN, confidence: flo
         tests = row.mcnemar or []
         cells.append(
             [
-                row.task,
+                row.title,
                 row.arm,
                 str(row.documents),
                 str(len(row.seeds)),
@@ -340,7 +428,7 @@ def table(rows: Sequence[Comparison], *, margin: float = MARGIN, confidence: flo
                 f"{row.agreement:.1%}",
                 "-" if row.rows_read is None else f"{row.rows_read:.2%}",
                 row.verdict if row.reason is None else f"none: {row.reason}",
-                str(row.documents_needed),
+                "-" if row.documents_needed is None else str(row.documents_needed),
             ]
         )
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
@@ -349,7 +437,7 @@ def table(rows: Sequence[Comparison], *, margin: float = MARGIN, confidence: flo
         for line in cells
     ]
     lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join([*lines, "", *notes(margin, confidence)])
+    return "\n".join([*lines, "", *notes(margin, confidence), *remarks])
 
 
 def points(estimate: Estimate) -> str:
@@ -366,10 +454,11 @@ def notes(margin: float = MARGIN, confidence: float = 0.95) -> list[str]:
     """What the columns mean, one sentence each."""
     return [
         f"Scores in points (0 to 100). difference: arm minus dense on the same documents, with a "
-        f"{confidence:.0%} bootstrap interval over documents and seeds.",
+        f"{confidence:.0%} interval over documents and seeds, by a tilted bootstrap.",
         f"verdict: non-inferior if the whole interval lies above -{100 * margin:g} points; none where "
         f"dense scores under {FLOOR:.0%} or not above chance.",
-        "documents for 80%: with how many an arm equal to dense gets that verdict four times in five.",
+        "documents for 80%: with how many an arm equal to dense gets that verdict four times in five, "
+        "going by how documents differ here.",
         "lost/gained: documents that dense alone, or the arm alone, answers, for each seed; p: "
         "McNemar's exact test, the smallest over seeds times their number.",
         "same text: documents whose greedy output is dense's. value rows: share of the visible value "
@@ -377,14 +466,44 @@ def notes(margin: float = MARGIN, confidence: float = 0.95) -> list[str]:
     ]
 
 
+def remarks(header: Header, results: Sequence[Result], missing: Sequence[str]) -> list[str]:
+    """What a reader of the comparisons has to know of this run: what is missing, what is mixed."""
+    found = []
+    if missing:
+        found.append(f"Unfinished: without {describe_missing(missing)}.")
+    for group in expected_tasks(header, results)[1]:
+        found.append(
+            f"run.json is of an older version, which does not say what tasks {group} has: whether some "
+            "are missing is not known."
+        )
+    mixed = []
+    for name in ("device", "commit"):
+        counts = Counter(str(result.provenance.get(name)) for result in results)
+        if len(counts) > 1:
+            mixed.append(f"{name}s {counted(counts)}")
+    packages = {n: None for r in results for n in r.provenance.get("versions", {})}
+    for package in packages:
+        counts = Counter(str(r.provenance.get("versions", {}).get(package)) for r in results)
+        if len(counts) > 1:
+            mixed.append(f"versions of {package} {counted(counts)}")
+    if mixed:
+        found.append(f"Results were made with different {'; '.join(mixed)}.")
+    return found
+
+
+def counted(counts: Counter[str]) -> str:
+    """Values and how many results have them."""
+    return ", ".join(f"{value} ({count})" for value, count in counts.most_common())
+
+
 def load(run: Path, allow_unfinished: bool = False) -> tuple[Header, list[Result], list[str]]:
     """A run's header, results, and what is missing, which is an error unless allowed."""
     header, results = load_results(run)
-    missing = unfinished(header, results)
+    missing = unfinished(header, results) if results else []
     if missing and not allow_unfinished:
         raise CommandError(
-            f"{run}: {len(missing)} results are missing, the first is {missing[0]}; finish the run, or "
-            "pass --unfinished to leave them out"
+            f"{run} is unfinished, without {describe_missing(missing)}; finish the run, or pass "
+            "--unfinished to leave them out"
         )
     return header, results, missing
 
@@ -411,11 +530,12 @@ def main(prog: str, argv: Sequence[str]) -> None:
         raise CommandError(f"{arguments.run}: no result is finished")
     options = {"margin": arguments.margin / 100, "confidence": arguments.confidence / 100}
     rows = compare(header, results, **options)
-    print(table(rows, **options))
-    if missing:
-        print(f"{len(missing)} results are missing: {', '.join(missing[:5])}, ...")
+    said = remarks(header, results, missing)
+    print(table(rows, **options, remarks=said))
     if arguments.json:
-        write_json(arguments.json, {**options, "missing": missing, "comparisons": plain(rows)})
+        values = {**options, "missing": missing, "remarks": said, "comparisons": plain(rows)}
+        with writing(arguments.json):
+            write_json(arguments.json, values)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -25,12 +25,12 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from .arms import DENSE, use_arm
+from .arms import DENSE, check_device, use_arm
 from .cli import CommandError
-from .data import local_data
-from .decode import Prefix
+from .data import VARIABLE, local_data
+from .decode import Prefix, has_plain_cache
 from .models import dense_attention, load
-from .results import Arm, Header, load_header, read_json, write_json
+from .results import Arm, Header, load_header, read_json, write_json, writing
 from .statistics import Estimate, bootstrap
 
 __all__ = ["Fidelity", "Passage", "Summary", "load_fidelity", "main", "measure", "summarise"]
@@ -255,20 +255,39 @@ def _path(run: Path, result: Fidelity) -> Path:
 
 def table(summaries: Sequence[Summary]) -> str:
     """Summaries as text, one line each."""
-    lines = [
-        "arm                   seeds  tokens  KL, nats per token         same top token  perplexity"
-    ]
+    head = ["arm", "seeds", "tokens", "KL, nats per token [95%]", "same top token", "perplexity"]
+    lines = [head]
     for s in summaries:
+        kl = f"{decimal(s.kl.value)} [{decimal(s.kl.low)}, {decimal(s.kl.high)}]"
         lines.append(
-            f"{s.arm:20}  {len(s.seeds):5}  {s.tokens:6}  {s.kl.value:.2e} [{s.kl.low:.2e}, "
-            f"{s.kl.high:.2e}]  {s.agreement.value:14.2%}  {s.perplexity:10.3f}"
+            [
+                s.arm,
+                str(len(s.seeds)),
+                str(s.tokens),
+                kl,
+                f"{s.agreement.value:.2%}",
+                f"{s.perplexity:.3f}",
+            ]
         )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
     if summaries:
-        lines.append(
+        text.append(
             f"dense: perplexity {summaries[0].dense_perplexity:.3f}; decoded again, KL "
-            f"{summaries[0].dense_kl:.2e}"
+            f"{decimal(summaries[0].dense_kl)}"
         )
-    return "\n".join(lines)
+    return "\n".join(text)
+
+
+def decimal(value: float) -> str:
+    """A number in plain decimals, to three significant digits but no more than seven places."""
+    if abs(value) < 5e-8:
+        return "0"
+    places = min(7, max(0, 2 - math.floor(math.log10(abs(value)))))
+    return f"{value:.{places}f}"
 
 
 def _text(path: Path | None) -> tuple[str, str]:
@@ -281,8 +300,14 @@ def _text(path: Path | None) -> tuple[str, str]:
         return text, f"{path.name}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
     import datasets
 
-    with local_data():
-        essays = datasets.load_dataset("baber/paul_graham_essays", split="train")["text"]
+    try:
+        with local_data():
+            essays = datasets.load_dataset("baber/paul_graham_essays", split="train")["text"]
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            f"the essays of RULER's haystacks cannot be loaded: {error}; give another text by --text, "
+            f"or a directory of copies by {VARIABLE}"
+        ) from error
     text = "\n\n".join(essays)
     return text, f"RULER's essays, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -310,8 +335,8 @@ def main(prog: str, argv: Sequence[str]) -> None:
     arguments = _arguments(prog, argv)
     run = arguments.run
     header = load_header(run)
-    text, source = _text(arguments.text)
     done = load_fidelity(run, header)
+    text, source = _text(arguments.text)
     wanted = [
         (arm, seed)
         for arm in header.arms.values()
@@ -326,8 +351,24 @@ def main(prog: str, argv: Sequence[str]) -> None:
             f"{run / FOLDER} to measure on another text"
         )
     if missing:
+        _check_device(arguments.device, [arm for arm, _ in missing])
+        with writing(run / FOLDER):
+            (run / FOLDER).mkdir(exist_ok=True)
         _measure_all(arguments, header, text, source, missing)
     print(table(summarise(load_fidelity(run, header))))
+
+
+def _check_device(device: str, arms: Sequence[Arm]) -> None:
+    """Refuse a device, or an arm that cannot run on it, before a model is loaded."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise CommandError(f"--device {device} cannot be used: {error}") from error
+    for arm in arms:
+        try:
+            check_device(arm, device)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
 
 
 def _revision(header: Header) -> dict[str, Any]:
@@ -357,16 +398,18 @@ def _measure_all(
     source: str,
     missing: Sequence[tuple[Arm, int]],
 ) -> None:
-    model = _load(header, arguments.device)
-    dense = dense_attention(model)
-    tokenizer = AutoTokenizer.from_pretrained(header.model["name"], **_revision(header))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(header.model["name"], **_revision(header))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{header.model['name']} has no tokenizer: {error}") from error
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     # One more token is fed than is measured: it predicts the first of those.
     passages = cut(tokens, arguments.context, arguments.tokens + 1, arguments.passages)
-    parts = [
-        passages[i : i + arguments.batch_size]
-        for i in range(0, len(passages), arguments.batch_size)
-    ]
+    model = _load(header, arguments.device)
+    dense = dense_attention(model)
+    # Layers that keep a window or a state of their own take one passage at a time.
+    size = arguments.batch_size if has_plain_cache(model) else 1
+    parts = [passages[i : i + size] for i in range(0, len(passages), size)]
     found: list[list[Passage]] = [[] for _ in missing]
     with tqdm(total=len(parts) * len(missing), unit="arm", disable=arguments.quiet) as bar:
         for part in parts:
@@ -377,5 +420,7 @@ def _measure_all(
                     result = Fidelity(
                         FORMAT, arm, seed, header.config_hash, source, arguments.context, whole
                     )
-                    write_json(_path(arguments.run, result), asdict(result))
+                    path = _path(arguments.run, result)
+                    with writing(path):
+                        write_json(path, asdict(result))
                 bar.update()

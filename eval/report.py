@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from .compare import (
     add_options,
     check_options,
     compare,
+    counted,
     load,
     notes,
     points,
+    remarks,
     smallest_p,
 )
-from .fidelity import Summary, load_fidelity, summarise
-from .results import Arm, Header, Result
+from .fidelity import Summary, decimal, load_fidelity, summarise
+from .results import Arm, Header, Result, write_text, writing
 
 __all__ = ["Evaluation", "html", "main", "markdown", "read"]
 
@@ -42,10 +45,10 @@ class Evaluation:
 
     Attributes:
         name: of its directory.
-        header, results: its files.
+        header, results: its files; arms by family, then by samples.
         comparisons: every arm against dense.
         fidelity: every arm against dense on text; may be empty.
-        missing: results that the run has not finished.
+        remarks: what is missing or mixed.
         margin, confidence: what the comparisons used.
     """
 
@@ -54,7 +57,7 @@ class Evaluation:
     results: list[Result]
     comparisons: list[Comparison]
     fidelity: list[Summary]
-    missing: list[str]
+    remarks: list[str]
     margin: float
     confidence: float
 
@@ -66,6 +69,9 @@ def read(run: Path, *, margin: float, confidence: float, unfinished: bool = Fals
         CommandError: not a run, unfinished (unless allowed), or its results do not fit together.
     """
     header, results, missing = load(run, unfinished)
+    families = _families(header)
+    arms = sorted(header.arms.items(), key=lambda item: _place(item[1], families))
+    header = replace(header, arms=dict(arms))
     fidelity = summarise(load_fidelity(run, header))
     if not results and not fidelity:
         raise CommandError(f"{run}: no result is finished")
@@ -76,7 +82,7 @@ def read(run: Path, *, margin: float, confidence: float, unfinished: bool = Fals
         results=results,
         comparisons=sorted(comparisons, key=lambda row: len(row.tasks) == 1),  # groups first
         fidelity=fidelity,
-        missing=missing,
+        remarks=remarks(header, results, missing),
         margin=margin,
         confidence=confidence,
     )
@@ -98,11 +104,11 @@ class _Table:
 def _scores(comparisons: Sequence[Comparison], confidence: float) -> _Table:
     head = ["arm", "seeds", "score", f"difference [{confidence:.0%}]", "verdict"]
     head += ["documents for 80%", "lost / gained", "p", "same text", "value rows read"]
-    head += ["steps/s (dense)"]
+    head += ["tokens/s (dense)"]
     groups: dict[str, list[list[str]]] = {}
     for row in comparisons:
         heading = (
-            f"{row.task}: {row.documents:,} documents, dense {_score(row.dense, row.dense_error)}"
+            f"{row.title}: {row.documents:,} documents, dense {_score(row.dense, row.dense_error)}"
         )
         if row.reason is not None:
             heading += f", no verdict: {row.reason}"
@@ -114,7 +120,7 @@ def _scores(comparisons: Sequence[Comparison], confidence: float) -> _Table:
                 _score(row.score, row.score_error),
                 points(row.difference),
                 "no verdict" if row.verdict == "none" else row.verdict,
-                f"{row.documents_needed:,}",
+                "-" if row.documents_needed is None else f"{row.documents_needed:,}",
                 ", ".join(f"{test.lost}/{test.gained}" for test in tests) or "-",
                 f"{smallest_p(tests):.2g}" if tests else "-",
                 f"{row.agreement:.1%}",
@@ -134,7 +140,7 @@ def _fidelity(summaries: Sequence[Summary]) -> _Table:
             str(len(s.seeds)),
             f"{s.context:,}",
             f"{s.tokens:,}",
-            f"{s.kl.value:.2e} [{s.kl.low:.2e}, {s.kl.high:.2e}]",
+            f"{decimal(s.kl.value)} [{decimal(s.kl.low)}, {decimal(s.kl.high)}]",
             f"{s.agreement.value:.2%} [{s.agreement.low:.2%}, {s.agreement.high:.2%}]",
             f"{s.perplexity:.3f} ({s.dense_perplexity:.3f})",
         ]
@@ -147,7 +153,9 @@ def _arms(header: Header) -> _Table:
     rows = []
     for arm in header.arms.values():
         settings = ", ".join(
-            f"{k}={v}" for k, v in (arm.config or {}).items() if v not in ({}, None)
+            f"{k}={v}"
+            for k, v in (arm.config or {}).items()
+            if k != "seed" and v not in ({}, None)  # a result's seed replaces the config's
         )
         seeds = "0 (draws nothing)" if arm.deterministic else ", ".join(map(str, header.seeds))
         rows.append([arm.name, arm.method, settings or "-", seeds])
@@ -155,23 +163,51 @@ def _arms(header: Header) -> _Table:
 
 
 def _provenance(evaluation: Evaluation) -> _Table:
-    header = evaluation.header
+    """Where the figures come from: values in which results differ, with how many have each."""
+    header, results = evaluation.header, evaluation.results
     rows = [[f"model: {name}", _plain(value)] for name, value in header.model.items()]
-    rows += [[name, _plain(value)] for name, value in header.provenance.items()]
+    sources = [result.provenance for result in results] or [header.provenance]
+    for name in dict.fromkeys(name for source in sources for name in source):
+        if name == "date":
+            rows.append(["finished", _range(sorted(str(source.get(name)) for source in sources))])
+        elif name == "versions":
+            packages = dict.fromkeys(n for source in sources for n in source.get(name, {}))
+            rows += [
+                [f"version: {n}", _values([s.get(name, {}).get(n) for s in sources])]
+                for n in packages
+            ]
+        elif name != "processes" or not results:
+            rows.append([name, _values([source.get(name) for source in sources])])
+    if results:
+        rows.append(["processes", _values([result.processes for result in results])])
+        sizes = sorted(result.batch_size for result in results)
+        rows.append(["documents decoded together, at most", _range(sizes)])
     rows += [
         [f"setting: {name}", _plain(value)]
         for name, value in header.settings.items()
         if name != "tasks"
     ]
+    for settings in header.settings.get("tasks", []):
+        given = [f"{k} {v}" for k, v in settings.items() if k != "task" and v is not None]
+        rows.append([f"task: {settings['task']}", ", ".join(given) or "all of its documents"])
     rows.append(["configuration hash", header.config_hash])
-    fallbacks: dict[str, int] = {}
-    for result in evaluation.results:
-        for reason, count in result.counters.fallbacks.items():
-            fallbacks[reason] = fallbacks.get(reason, 0) + count
-    rows.append(["fallbacks to dense", _plain(fallbacks) if fallbacks else "none"])
-    versions = sorted({f"{r.task.name} {r.task.version:g}" for r in evaluation.results})
+    fallbacks: Counter[str] = Counter()
+    for result in results:
+        fallbacks.update(result.counters.fallbacks)
+    rows.append(["fallbacks to dense", _plain(dict(fallbacks)) if fallbacks else "none"])
+    versions = sorted({f"{r.task.name} {r.task.version:g}" for r in results})
     rows.append(["task versions", ", ".join(versions)])
     return _Table(["", ""], [("", rows)])
+
+
+def _values(values: Sequence[Any]) -> str:
+    """A value that all share, or each with how many results have it."""
+    counts = Counter(_plain(value) for value in values)
+    return next(iter(counts)) if len(counts) == 1 else f"{counted(counts)} results"
+
+
+def _range(ordered: Sequence[Any]) -> str:
+    return str(ordered[0]) if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
 
 
 def _score(value: float, error: float | None) -> str:
@@ -180,6 +216,12 @@ def _score(value: float, error: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
+
+
+def _short(value: float) -> str:
+    """A plain decimal without the zeros at its end."""
+    text = decimal(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _number(value: float) -> str:
@@ -216,6 +258,14 @@ def _family(arm: Arm) -> tuple[str, int] | None:
     return ", ".join(names), int(config.get("samples", 128))
 
 
+def _place(arm: Arm, families: dict[str, int]) -> tuple[int, int]:
+    """Where an arm stands in tables: dense first, then by family and by samples."""
+    family = _family(arm)
+    if family is None:
+        return (-1 if arm.method == "dense" else len(families)), 0
+    return families[family[0]], family[1]
+
+
 def _families(header: Header) -> dict[str, int]:
     """Lines of the charts and their colours."""
     found = (_family(arm) for arm in header.arms.values())
@@ -231,7 +281,7 @@ def _accuracy_charts(evaluation: Evaluation, against_rows: bool) -> str:
         if row.task not in hidden:
             by_task.setdefault(row.task, []).append(row)
     drawn = []
-    for task, rows in by_task.items():
+    for rows in by_task.values():
         lines: dict[str, list[charts.Point]] = {}
         for row in rows:
             family = _family(evaluation.header.arms[row.arm])
@@ -240,20 +290,22 @@ def _accuracy_charts(evaluation: Evaluation, against_rows: bool) -> str:
                 continue
             # The interval of the difference, laid around dense: what the comparison rests on.
             low, high = row.dense + row.difference.low, row.dense + row.difference.high
+            low, high = 100 * max(0.0, low), 100 * min(1.0, high)
             point = charts.Point(
-                100 * x if against_rows else x, 100 * row.score, 100 * low, 100 * high, row.arm
+                100 * x if against_rows else x, 100 * row.score, low, high, row.arm
             )
             lines.setdefault(family[0], []).append(point)
         if lines:
             drawn.append(
                 charts.lines(
-                    task,
+                    rows[0].title,
                     [charts.Series(name, families[name], line) for name, line in lines.items()],
                     x_label="value rows read, %" if against_rows else "samples (k for top-k)",
                     y_label="score",
                     reference=("dense", 100 * rows[0].dense),
-                    x_ticks="{:.2g}".format if against_rows else "{:g}".format,
                     y_ticks="{:.4g}".format,
+                    y_limits=(0.0, 100.0),
+                    round_x=against_rows,
                 )
             )
     return _grid(drawn, charts.legend(list(families.items()), "dense"))
@@ -273,9 +325,19 @@ def _forests(evaluation: Evaluation) -> str:
                 row.verdict,
             )
             by_arm.setdefault(row.arm, []).append(interval)
+    every = [interval for intervals in by_arm.values() for interval in intervals]
+    if not every:
+        return ""
+    span = (min(one.low for one in every), max(one.high for one in every))
     drawn = [
-        charts.forest(arm, rows, margin=100 * evaluation.margin, x_label="points against dense")
-        for arm, rows in by_arm.items()
+        charts.forest(
+            arm,
+            intervals,
+            margin=100 * evaluation.margin,
+            x_label="points against dense",
+            span=span,
+        )
+        for arm, intervals in by_arm.items()
     ]
     key = "".join(
         f'<span class="{verdict}"><b class="pill">{verdict if verdict != "none" else "no verdict"}</b>'
@@ -307,7 +369,8 @@ def _fidelity_charts(evaluation: Evaluation) -> str:
                     [charts.Series(name, families[name], line) for name, line in lines.items()],
                     x_label="samples (k for top-k)",
                     y_label=label,
-                    y_ticks="{:.0e}".format if log else "{:.4g}".format,
+                    y_ticks=_short if log else "{:.4g}".format,
+                    y_limits=(0.0, 100.0),
                     log_y=log,
                 )
             )
@@ -328,23 +391,42 @@ def _latency_chart(evaluation: Evaluation) -> str:
             if family is None or not speed > 0:
                 continue
             d = row.difference
-            point = charts.Point(speed, 100 * d.value, 100 * d.low, 100 * d.high, row.arm)
+            name = f"{row.arm}, {_number(speed)} tokens/s"
+            point = charts.Point(speed, 100 * d.value, 100 * d.low, 100 * d.high, name)
             lines.setdefault(family[0], []).append(point)
         if lines:
+            series = [charts.Series(name, families[name], line) for name, line in lines.items()]
+            speed = rows[0].dense_tokens_per_second
+            if speed > 0:
+                dense = charts.Point(speed, 0.0, 0.0, 0.0, f"dense, {_number(speed)} tokens/s")
+                series.append(charts.Series("dense", -1, [dense]))
             drawn.append(
                 charts.lines(
-                    task,
-                    [charts.Series(name, families[name], line) for name, line in lines.items()],
-                    x_label="decode steps per second (dense: "
-                    f"{_number(rows[0].dense_tokens_per_second)})",
+                    rows[0].title,
+                    series,
+                    x_label="tokens per second, over the batch",
                     y_label="points against dense",
                     reference=("dense", 0.0),
-                    x_ticks="{:.3g}".format,
+                    x_ticks="{:,.10g}".format,
                     y_ticks=lambda value: f"{value:+.3g}" if value else "0",
+                    round_x=True,
                     joined=False,
                 )
             )
-    return _grid(drawn, charts.legend(list(families.items()), "dense"))
+    return _grid(drawn, charts.legend([*families.items(), ("dense", -1)]))
+
+
+def _speed_note(results: Sequence[Result]) -> str:
+    """What the tokens per second of a run are, and are not."""
+    sizes = _range(sorted(result.batch_size for result in results))
+    own = {str(result.provenance.get("dense_attention", "sdpa")) for result in results}
+    name = ", ".join("SDPA" if one == "sdpa" else one for one in sorted(own))
+    return (
+        "tokens that went through decode steps per second of time, prefill left out: all of the model, "
+        f"over batches of at most {sizes} documents, on a machine that other programs may have used. "
+        f"Dense is the model's own {name} under the batch's mask, which copies grouped keys and values "
+        "for every query head: the ratio is not that of the kernels."
+    )
 
 
 def _grid(drawn: Iterable[str], key: str, wide: bool = False) -> str:
@@ -376,15 +458,11 @@ def _article(evaluation: Evaluation) -> str:
     shown = [row for row in evaluation.comparisons if row.task not in hidden]
     folded = [row for row in evaluation.comparisons if row.task in hidden]
     sections = [
-        f"<article><h2>{escape(evaluation.name)}</h2><p class='sub'>{escape(_subtitle(header))}</p>"
+        f"<article><h2>{escape(evaluation.name)}</h2><p class='sub'>{escape(_subtitle(evaluation))}</p>"
     ]
-    if evaluation.missing:
-        sections.append(
-            f'<p class="warn">Unfinished: {len(evaluation.missing)} results are missing '
-            f"({escape(', '.join(evaluation.missing[:4]))}, …). What is shown leaves them out.</p>"
-        )
+    sections += [f'<p class="warn">{escape(remark)}</p>' for remark in evaluation.remarks]
     if shown:
-        explained = notes(evaluation.margin, evaluation.confidence)
+        explained = _notes(evaluation)
         sections.append(f'<div class="cards">{"".join(_cards(evaluation, shown))}</div>')
         sections.append("<h3>Scores</h3>" + _html_table(_scores(shown, evaluation.confidence)))
         items = "".join(f"<li>{escape(note)}</li>" for note in explained)
@@ -397,8 +475,9 @@ def _article(evaluation: Evaluation) -> str:
     for heading, text, drawn in (
         (
             "Differences to dense",
-            f"One panel for each arm. Shaded: right of minus {100 * evaluation.margin:g} points, where "
-            "the whole interval has to lie. *: the tasks above the floor.",
+            "One panel for each arm, all on one axis. Shaded: right of minus "
+            f"{100 * evaluation.margin:g} points, where the whole interval has to lie. "
+            "*: the tasks above the floor.",
             _forests(evaluation),
         ),
         (
@@ -413,7 +492,7 @@ def _article(evaluation: Evaluation) -> str:
         ),
         (
             "Latency beside accuracy",
-            "Time of whole decode steps, batched as in the run: all of the model, not attention alone.",
+            f"Tokens/s: {_speed_note(evaluation.results)}" if evaluation.results else "",
             _latency_chart(evaluation),
         ),
     ):
@@ -423,7 +502,7 @@ def _article(evaluation: Evaluation) -> str:
         sections.append(
             "<h3>Fidelity on text</h3><p class='sub'>The text's own tokens are fed through decode "
             "steps; next-token distributions are compared with dense, which differs from itself by "
-            f"{evaluation.fidelity[0].dense_kl:.1e} nats when it decodes again.</p>"
+            f"{decimal(evaluation.fidelity[0].dense_kl)} nats when it decodes again.</p>"
             + _html_table(_fidelity(evaluation.fidelity))
             + _fidelity_charts(evaluation)
         )
@@ -432,15 +511,25 @@ def _article(evaluation: Evaluation) -> str:
     return "\n".join([*sections, "</article>\n"])
 
 
-def _subtitle(header: Header) -> str:
+def _notes(evaluation: Evaluation) -> list[str]:
+    """What the columns of the table of scores mean."""
+    speed = f"tokens/s: {_speed_note(evaluation.results)}"
+    return [*notes(evaluation.margin, evaluation.confidence), speed]
+
+
+def _subtitle(evaluation: Evaluation) -> str:
+    header = evaluation.header
     parts = [str(header.model.get("name"))]
     if header.model.get("adapter"):
         parts.append(f"with adapter {header.model['adapter']}")
-    for name in ("dtype", "device", "commit", "date"):
-        value = header.provenance.get(name)
-        if value:
-            parts.append(f"commit {str(value)[:10]}" if name == "commit" else str(value))
-    return " · ".join(parts)
+    sources = [result.provenance for result in evaluation.results] or [header.provenance]
+    for name in ("dtype", "device", "commit"):
+        values = [str(s[name])[: 10 if name == "commit" else None] for s in sources if s.get(name)]
+        if values:
+            label = "commit " if name == "commit" else ""
+            parts.append(label + ", ".join(dict.fromkeys(values)))
+    dates = sorted(str(source["date"])[:10] for source in sources if source.get("date"))
+    return " · ".join([*parts, _range(dates)] if dates else parts)
 
 
 def _cards(evaluation: Evaluation, rows: Sequence[Comparison]) -> Iterable[str]:
@@ -453,8 +542,9 @@ def _cards(evaluation: Evaluation, rows: Sequence[Comparison]) -> Iterable[str]:
         verdicts = [row.verdict for row in mine]
         judged = len(verdicts) - verdicts.count("none")
         groups = "".join(
-            f'<p class="{row.verdict}">{escape(row.task)}: <b class="pill">'
-            f"{row.verdict if row.reason is None else 'no verdict'}</b>, "
+            f'<p class="{row.verdict}">{escape(row.title)}: <b class="pill">'
+            f"{row.verdict if row.reason is None else 'no verdict'}</b>"
+            f"{'' if row.reason is None else ' (' + escape(row.reason) + ')'}, "
             f"{escape(points(row.difference))}</p>"
             for row in rows
             if row.arm == arm and len(row.tasks) > 1
@@ -465,14 +555,22 @@ def _cards(evaluation: Evaluation, rows: Sequence[Comparison]) -> Iterable[str]:
             for v in _VERDICTS
             if v in verdicts
         )
+        said = f"{counts} ({judged} of {len(mine)} tasks judged)"
+        if not counts:
+            reasons = dict.fromkeys(row.reason for row in mine if row.reason is not None)
+            said = f"no verdict: {escape('; '.join(reasons))}"
+        if mine[0].task in (row.task for row in rows if len(row.tasks) > 1):
+            said = ""  # a group whose tasks are folded: what there is to say stands above
         shares = [row.rows_read for row in mine if row.rows_read is not None]
         ends = dict.fromkeys(_share(f(shares)) for f in (min, max)) if shares else ["not counted"]
         read = " to ".join(ends)
+        lowest = f"lowest difference {100 * worst.difference.value:+.2f}, {escape(worst.task)}"
+        if len(mine) == 1:
+            lowest = f"difference {escape(points(worst.difference))}"
         yield (
-            f'<div class="card"><b>{escape(arm)}</b>{groups}<p>{counts or "no verdict"} '
-            f"({judged} of {len(mine)} tasks judged)</p>"
-            f"<p>lowest difference {100 * worst.difference.value:+.2f}, {escape(worst.task)}</p>"
-            f"<p>value rows read: {read}</p></div>"
+            f'<div class="card"><b>{escape(arm)}</b>{groups}'
+            + (f"<p>{said}</p><p>{lowest}</p>" if said else "")
+            + f"<p>value rows read: {read}</p></div>"
         )
 
 
@@ -508,12 +606,12 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     """The tables of the page, without its charts."""
     out = ["# Sampled decode attention against dense", ""]
     for evaluation in evaluations:
-        out += [f"## {evaluation.name}", "", _subtitle(evaluation.header), ""]
-        if evaluation.missing:
-            out += [f"Unfinished: {len(evaluation.missing)} results are missing.", ""]
+        out += [f"## {evaluation.name}", "", _subtitle(evaluation), ""]
+        for remark in evaluation.remarks:
+            out += [f"**{remark}**", ""]
         if evaluation.comparisons:
             out += [*_markdown_table(_scores(evaluation.comparisons, evaluation.confidence)), ""]
-            out += [f"- {note}" for note in notes(evaluation.margin, evaluation.confidence)] + [""]
+            out += [f"- {note}" for note in _notes(evaluation)] + [""]
         if evaluation.fidelity:
             out += [
                 "### Fidelity on text",
@@ -558,10 +656,7 @@ def main(prog: str, argv: Sequence[str]) -> None:
         for run in arguments.runs
     ]
     out = arguments.out or arguments.runs[0]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "report.html").write_text(html(evaluations), encoding="utf-8")
-        (out / "report.md").write_text(markdown(evaluations), encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"{out}: {error.strerror or error}") from error
+    for name, text in (("report.html", html(evaluations)), ("report.md", markdown(evaluations))):
+        with writing(out / name):
+            write_text(out / name, text)
     print(f"{out / 'report.html'}, {out / 'report.md'}")

@@ -11,7 +11,8 @@ only file is seed-0.json, whatever seeds the others have. A file appears complet
 killed run, or a full disk, leaves the finished results as they were.
 
 Everything is JSON without NaN; a statistic that does not exist (the standard error of one document)
-is null. The fields are those of the dataclasses below, all of them present, none besides.
+is null. The fields are those of the dataclasses below, all of them present (but for those with a
+default, which older files lack), none besides.
 
 `Header.config_hash` is the hash of model and settings, all that makes documents and dense answers what
 they are; every result carries it. Arms and seeds are not part of it: a run can be given more of both
@@ -31,7 +32,7 @@ import tempfile
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ __all__ = [
     "Result",
     "Task",
     "config_hash",
+    "expected_tasks",
     "group_scores",
     "load_header",
     "load_result",
@@ -56,9 +58,13 @@ __all__ = [
     "save_header",
     "save_result",
     "write_json",
+    "write_text",
+    "writing",
 ]
 
 FORMAT = 1
+# What of a result's provenance says which weights answered.
+_WEIGHTS = ("model_sha256", "adapter_sha256", "model_revision")
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,8 @@ class Header:
         seeds: keys of the draws.
         config_hash: `config_hash(model, settings)`.
         provenance: "versions" of packages, "device", "commit", "model_sha256", "date".
+        tasks: keys of all tasks that the settings come to, the groups' one by one; empty in older
+            files, see `expected_tasks`.
     """
 
     format: int
@@ -233,6 +241,7 @@ class Header:
     seeds: list[int]
     config_hash: str
     provenance: dict[str, Any]
+    tasks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -302,7 +311,34 @@ def load_header(run: str | os.PathLike[str]) -> Header:
         _check_arm(arm, str(path))
         if name != arm.name:
             raise CommandError(f"{path}: arm {name!r} calls itself {arm.name!r}")
+    for key in header.tasks:
+        if not re.fullmatch(r"[^/]+", key) or header.tasks.count(key) > 1:
+            raise CommandError(f"{path}: tasks must be keys of tasks, each once, got {key!r}")
     return header
+
+
+def expected_tasks(header: Header, found: Iterable[Result]) -> tuple[list[str], list[str]]:
+    """The tasks that a run is to finish, and the groups of which it is not known what they hold.
+
+    Args:
+        header: of the run. One without `tasks` is an older one, whose settings name tasks, or groups
+            without saying what is in them.
+        found: results, which tell a group's name from a task's.
+
+    Returns:
+        Keys of tasks, in the run's order, and names of groups.
+    """
+    keys = dict.fromkeys(header.tasks)
+    groups = []
+    if not keys:
+        known = {(result.task.group, result.task.length) for result in found}
+        for settings in header.settings.get("tasks", []):
+            name, length = settings["task"], settings.get("length")
+            if (name, length) in known:
+                groups.append(name if length is None else f"{name}-{length}")
+            else:
+                keys[name if length is None else f"{name}-{length}"] = None
+    return list(keys | dict.fromkeys(sorted({result.task.key for result in found}))), groups
 
 
 def load_result(path: str | os.PathLike[str], header: Header | None = None) -> Result:
@@ -321,6 +357,8 @@ def load_result(path: str | os.PathLike[str], header: Header | None = None) -> R
                 f"{path}: a result of another configuration ({result.config_hash}); "
                 f"this run's is {header.config_hash}"
             )
+        if header.tasks and result.task.key not in header.tasks:
+            raise CommandError(f"{path}: task {result.task.key!r} is none of those in run.json")
         if header.arms.get(result.arm.name) != result.arm:
             raise CommandError(f"{path}: arm {result.arm.name!r} is not configured as in run.json")
     return result
@@ -330,8 +368,8 @@ def load_results(run: str | os.PathLike[str]) -> tuple[Header, list[Result]]:
     """A run's header and its finished results, by task, then arms in the header's order, then seed.
 
     Raises:
-        CommandError: a file is corrupt or of another run, or two results of a task disagree about
-            the documents.
+        CommandError: a file is corrupt or of another run, two results of a task disagree about the
+            documents, or two results about the weights.
     """
     header = load_header(run)
     order = {name: i for i, name in enumerate(header.arms)}
@@ -343,6 +381,15 @@ def load_results(run: str | os.PathLike[str]) -> tuple[Header, list[Result]]:
         if other.task != result.task or _identity(other) != _identity(result):
             paths = [result_path(run, r.task.key, r.arm.name, r.seed) for r in (result, other)]
             raise CommandError(f"{paths[0]}: its documents are not those of {paths[1]}")
+        for name in _WEIGHTS:
+            if result.provenance.get(name) != results[0].provenance.get(name):
+                paths = [
+                    result_path(run, r.task.key, r.arm.name, r.seed) for r in (result, results[0])
+                ]
+                raise CommandError(
+                    f"{paths[0]}: {name} is {result.provenance.get(name)}, that of {paths[1]} is "
+                    f"{results[0].provenance.get(name)}: the weights changed between them"
+                )
     return header, results
 
 
@@ -399,12 +446,20 @@ def write_json(path: Path, values: Any) -> None:
     Raises:
         OSError: it cannot be written; what was there before is still there.
     """
+    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it appears complete or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there before is still there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1, allow_nan=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(unfinished, 0o644)
@@ -413,6 +468,15 @@ def write_json(path: Path, values: Any) -> None:
         with contextlib.suppress(OSError):
             os.unlink(unfinished)
         raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while files are written into a CommandError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _result_files(run: Path) -> Iterator[Path]:
@@ -481,10 +545,15 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise CommandError(f"{where}: expected an object, got {value!r:.60}")
         hints = typing.get_type_hints(kind)
-        for name in [*(n for n in hints if n not in value), *(n for n in value if n not in hints)]:
+        needed = [
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is f.default_factory is dataclasses.MISSING
+        ]
+        for name in [*(n for n in needed if n not in value), *(n for n in value if n not in hints)]:
             problem = "is missing" if name in hints else "is not a field"
             raise CommandError(f"{where}: {name!r} {problem}")
-        read = {n: _read(hint, value[n], f"{where}: {n}") for n, hint in hints.items()}
+        read = {n: _read(hints[n], item, f"{where}: {n}") for n, item in value.items()}
         return kind(**read)  # type: ignore[operator]
     if origin is types.UnionType:
         if value is None and type(None) in arguments:

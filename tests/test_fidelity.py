@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from eval import fidelity
 from eval.arms import DENSE, use_arm
 from eval.cli import CommandError
 from eval.fidelity import Fidelity, Passage, cut, load_fidelity, main, measure, summarise
-from eval.results import write_json
+from eval.results import load_header, write_json
 from tests import runs, tiny
 
 CONTEXT, FED = 90, 20
@@ -223,6 +224,117 @@ def test_the_command_measures_the_arms_of_a_run(
     assert before == [path.stat().st_mtime_ns for path in sorted((run / "fidelity").iterdir())]
     with pytest.raises(CommandError, match=r"measured on text\.txt, sha256 .* after 100 tokens"):
         main("fidelity", [*arguments, "--context", "50"])
+
+
+def run_of(directory: Path, model: Path, arms: list[Any]) -> Path:
+    """A directory with a run.json of a model, and a text for it."""
+    from eval import results
+
+    named = {"name": str(model), "revision": None, "adapter": None, "dtype": "float32"}
+    header = dataclasses.replace(
+        runs.header(arms, seeds=[0]),
+        model=named,
+        config_hash=results.config_hash(named, runs.SETTINGS),
+    )
+    results.save_header(directory / "run", header)
+    (directory / "text.txt").write_text("a b c d e f g h " * 100)
+    return directory / "run"
+
+
+class _Letters:
+    """A tokenizer for tiny models: a token for each character."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> _Letters:
+        return cls()
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return SimpleNamespace(input_ids=[3 + ord(letter) % 90 for letter in text])
+
+
+def command(run: Path, *more: str) -> None:
+    arguments = ["--text", str(run.parent / "text.txt"), "--context", "40", "--tokens", "4"]
+    main("fidelity", [str(run), *arguments, "--quiet", "--device", "cpu", *more])
+
+
+def test_a_model_with_sliding_windows_is_measured_at_the_default_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.build("gemma3", torch.float32).save_pretrained(tmp_path / "model")
+    run = run_of(tmp_path, tmp_path / "model", [S8])
+    monkeypatch.setattr(fidelity, "AutoTokenizer", _Letters)
+    command(run)
+    assert "santa-8" in capsys.readouterr().out
+    found = load_fidelity(run, load_header(run))
+    assert [len(result.passages) for result in found] == [8, 8]
+
+
+def test_what_cannot_run_is_named_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash = runs.santa(8, kernel="flash")
+    run = run_of(tmp_path, tmp_path / "nowhere", [flash])
+    with pytest.raises(CommandError, match=r"kernel='flash', which needs a CUDA device"):
+        command(run)
+    run = run_of(tmp_path, tmp_path / "nowhere", [S8])
+    with pytest.raises(CommandError, match="--device quantum cannot be used"):
+        command(run, "--device", "quantum")
+    with pytest.raises(CommandError, match="nowhere has no tokenizer"):
+        command(run)
+    monkeypatch.setattr(fidelity, "AutoTokenizer", _Letters)
+    with pytest.raises(CommandError, match=r"the text has 1600 tokens; 8 passages of 2000"):
+        command(run, "--context", "2000")
+    with pytest.raises(CommandError, match="nowhere cannot be loaded"):
+        command(run)
+
+
+def test_a_hub_out_of_reach_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*args: Any, **options: Any) -> Any:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.delenv("SANTA_HF_DATA", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    run = run_of(tmp_path, tmp_path / "nowhere", [S8])
+    with pytest.raises(CommandError, match=r"essays .* Couldn't reach the Hub; give .* --text"):
+        main("fidelity", [str(run)])
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tmp_path, tmp_path / "nowhere", [S8])
+    (run / "fidelity").write_text("")
+    with pytest.raises(CommandError, match="run/fidelity cannot be written"):
+        command(run)
+    (run / "fidelity").unlink()
+    tiny.build("llama", torch.float32).save_pretrained(tmp_path / "nowhere")
+    monkeypatch.setattr(fidelity, "AutoTokenizer", _Letters)
+
+    def full(path: Path, values: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fidelity, "write_json", full)
+    with pytest.raises(CommandError, match=r"dense-seed-0\.json cannot be written: No space left"):
+        command(run)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (3e-9, "0"),
+        (0.0000123, "0.0000123"),
+        (0.000456, "0.000456"),
+        (0.0123, "0.0123"),
+        (0.5, "0.500"),
+        (12.34, "12.3"),
+        (1234.5, "1234"),
+    ],
+)
+def test_divergences_are_written_in_plain_decimals(value: float, text: str) -> None:
+    assert fidelity.decimal(value) == text
 
 
 @pytest.mark.parametrize(
