@@ -362,9 +362,7 @@ class _TaskRunner:
             )
             for doc_id, indices in self.owners
         ]
-        # The same documents whatever their lengths and however many processes share them.
-        count = min(options.count_documents, len(documents))
-        self.counted = set(random.Random(documents.task.key).sample(documents.ids, count))
+        self.counted = _counted_documents(documents, documents.task.key, options.count_documents)
 
     @property
     def prompts(self) -> int:
@@ -536,6 +534,13 @@ class _TaskRunner:
     def _synchronise(self) -> None:
         if self.lm.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def _counted_documents(documents: Documents, key: str, count: int) -> set[int]:
+    """Documents over which value rows are counted: the same ones whatever their lengths and however
+    many processes share them."""
+    chosen = random.Random(key).sample(documents.ids, min(count, len(documents)))
+    return set(chosen)
 
 
 def _is_over(deadline: float | None) -> bool:
