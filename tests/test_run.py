@@ -228,6 +228,51 @@ def test_a_prompt_is_never_truncated(model_dir: Path) -> None:
         lm.loglikelihood_rolling([])
 
 
+# `python -m eval`, but for lm-eval's index of all its tasks, which takes half a minute.
+EVAL_WITH_GSM8K_ALONE = """
+import pathlib, runpy
+import lm_eval.tasks as tasks
+folder = pathlib.Path(tasks.__file__).parent / "gsm8k"
+init = tasks.TaskManager.__init__
+tasks.TaskManager.__init__ = lambda self, *args, **kwargs: init(
+    self, include_defaults=False, include_path=str(folder), metadata=kwargs.get("metadata")
+)
+runpy.run_module("eval", run_name="__main__")
+"""
+
+
+def test_lm_evals_own_command_line_has_the_model_class(
+    model_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    arguments = f"""lm-eval run --model santa --tasks gsm8k --num_fewshot 1 --limit 2 --device cpu
+        --model_args pretrained={model_dir},dtype=float64,samples=2,seed=3,window=2 --batch_size 2
+        --gen_kwargs max_gen_toks=5 --log_samples --output_path {tmp_path / "out"}"""
+    done = subprocess.run(
+        [sys.executable, "-c", EVAL_WITH_GSM8K_ALONE, *arguments.split()],
+        cwd=ROOT,
+        env={**os.environ, VARIABLE: str(data_dir), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out").rglob("samples_gsm8k_*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    asked = [
+        SimpleNamespace(args=tuple(sample["arguments"]["gen_args_0"].values()))
+        for sample in {sample["doc_id"]: sample for sample in samples}.values()
+    ]
+    assert len(asked) == 2
+
+    def texts_of(**settings: Any) -> list[str]:
+        lm = model_class(SantaLM, model_dir, window=2, **settings)
+        return lm.generate_until(asked, disable_tqdm=True)
+
+    answered = {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
+    assert list(answered.values()) == texts_of(samples=2, seed=3)
+    assert list(answered.values()) != texts_of(attention="dense")
+
+
 def test_answers_keep_lm_evals_order_and_one_batch_is_held_at_a_time(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -490,7 +535,7 @@ def test_two_processes_give_what_one_gives(
         [
             sys.executable,
             *launch.split(),
-            *"-m eval run".split(),
+            *("-m", "eval", "run"),
             *command(model_dir, suite, out, *few),
         ],
         cwd=ROOT,
