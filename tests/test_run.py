@@ -527,7 +527,7 @@ def test_two_processes_give_what_one_gives(
 ) -> None:
     suite, finished = whole
     out = tmp_path / "out"
-    # Without the variable accelerate asks for MPI where there is no GPU.
+    # --multi_gpu: torch's launcher, where accelerate has MPI for CPUs.
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
     launch += f" --mixed_precision no --dynamo_backend no --main_process_port {free_port()}"
     few = ("--arms", "santa-4", "top-4", "--seeds", "0")
