@@ -597,7 +597,7 @@ def _open(directory: Path, header: Header) -> tuple[Header, set[tuple[str, str, 
         _, found = results.load_results(directory)
     except CommandError as error:
         raise CommandError(
-            f"{error}; without that file, the same command makes the result again"
+            f"{error}; delete the file, and the same command makes its result again"
         ) from error
     arms = dict(kept.arms)
     for name, arm in header.arms.items():
@@ -617,8 +617,9 @@ def _open(directory: Path, header: Header) -> tuple[Header, set[tuple[str, str, 
 
 def _check_writable(directory: Path) -> None:
     """Try to write where a directory is or will be, and leave nothing."""
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    there = directory
     try:
+        there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"written")
     except OSError as error:

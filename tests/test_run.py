@@ -1008,7 +1008,7 @@ def test_a_corrupt_result_is_named(
     path = results.save_result(out, found[0])
     path.write_text(path.read_text()[:100])
     with pytest.raises(
-        CommandError, match=r"seed-0\.json: corrupt.*without that file, the same command makes"
+        CommandError, match=r"seed-0\.json: corrupt.*delete the file, and the same command makes"
     ):
         run_suite(model_dir, suite, out)
     results.save_result(out, found[0])
