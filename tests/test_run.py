@@ -39,6 +39,7 @@ from eval.data import VARIABLE
 from eval.decode import Prefix, count_value_rows, score
 from eval.lm import Request, SantaLM, batches
 from eval.partial import Progress
+from eval.processes import processes
 from eval.results import Arm, group_scores, load_results
 from tests import tiny
 
@@ -718,10 +719,19 @@ def test_two_processes_go_on_without_a_common_disk(
     assert forked(rank(0, "--window", "2"), rank(1, "--window", "2")) == [1, 1]
 
 
-def test_two_processes_share_what_lm_eval_gathers(model_dir: Path) -> None:
+def test_two_processes_share_documents_and_what_lm_eval_gathers(
+    model_dir: Path, tmp_path: Path
+) -> None:
     def gather(rank: int) -> Callable[[], None]:
         def act() -> None:
-            lm = model_class(SantaLM, model_dir)
+            processes("cpu")
+            runner = a_runner(model_dir, tmp_path)
+            # The bar is of a process's own share: of five documents, with three (arm, seed) each.
+            updates: list[int] = []
+            found = [r for *_, r in runner.results(SimpleNamespace(update=updates.append), None)]
+            assert sum(updates) == runner.prompts == (9, 6)[rank]
+            assert [r is None for r in found] == [rank == 1] * 3
+            lm = runner.lm
             assert (lm.rank, lm.world_size) == (rank, 2)
             assert lm.all_gather(torch.tensor(rank + 5)).tolist() == [5, 6]
             lm.barrier()
