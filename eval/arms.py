@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -18,9 +24,17 @@ from santa_hf import SantaConfig
 # `santa_hf.stats` is the function; the module's parts are imported by name.
 from santa_hf.stats import counting_value_rows, layer_stats
 
+from .cli import CommandError
 from .results import Arm
 
-__all__ = ["DENSE", "arms_from_settings", "check_device", "parse_arm", "use_arm"]
+__all__ = [
+    "DENSE",
+    "arms_from_settings",
+    "check_device",
+    "check_model",
+    "parse_arm",
+    "use_arm",
+]
 
 DENSE = Arm("dense", "dense", None, deterministic=True)
 
@@ -53,6 +67,10 @@ def _make_arm(name: str, settings: Mapping[str, Any] | None) -> Arm:
         if settings or name != DENSE.name:
             raise ValueError("an arm without settings is called dense, and only that")
         return DENSE
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"{name!r} is no name of an arm: it names a folder, of letters, digits and ._-"
+        )
     if not isinstance(settings, Mapping):
         raise TypeError(f"the settings of arm {name!r} must be a mapping, got {settings!r}")
     for key, rest in (("top_k", 1), ("config", 1)):
@@ -119,6 +137,42 @@ def check_device(arm: Arm, device: str) -> None:
         raise ValueError(f"arm {arm.name!r} needs Triton, which is not installed")
 
 
+def check_model(arm: Arm, config: Any) -> None:
+    """Raise ValueError if a model cannot decode with an arm, as far as its configuration tells.
+
+    Args:
+        arm: what to decode with.
+        config: the model's.
+    """
+    text = config.get_text_config(decoder=True)
+    layers = getattr(text, "num_hidden_layers", None)
+    if arm.method == "santa" and arm.config is not None and layers is not None:
+        beyond = [index for index in map(int, arm.config["layers"]) if index >= layers]
+        if beyond:
+            raise ValueError(
+                f"arm {arm.name!r}: layers names layer {beyond[0]}, and the model has 0 to {layers - 1}"
+            )
+    if arm.method == "top-k":
+        if getattr(text, "attn_logit_softcapping", None) is not None:
+            reason = "soft-capped scores (attn_logit_softcapping)"
+        elif _has_sinks(config):
+            reason = "attention sinks"
+        else:
+            return
+        raise ValueError(f"arm {arm.name!r}: top_k knows nothing of this model's {reason}")
+
+
+def _has_sinks(config: Any) -> bool:
+    """Whether attention layers have sinks, which no configuration says: the model is built without
+    memory for its weights."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ImportError, OSError, ValueError):  # whatever it is, loading will say it
+        return False
+    return any(name.endswith("sinks") for name, _ in model.named_parameters())
+
+
 def use_arm(model: PreTrainedModel, arm: Arm, seed: int, dense: str) -> None:
     """Set how a model attends.
 
@@ -160,7 +214,13 @@ def _top_k_attention(
     """Softmax over the k largest scores of each head, at decode steps; dense elsewhere.
 
     The foil: it reads as many value rows as k draws at most, and drops what lies below the k-th.
+
+    Raises:
+        CommandError: scores are soft-capped, or there are attention sinks; neither is computed here.
     """
+    for name, what in (("softcap", "soft-capped scores"), ("s_aux", "attention sinks")):
+        if kwargs.get(name) is not None:
+            raise CommandError(f"top_k={k} knows nothing of this model's {what}")
     if query.shape[2] != 1:
         out: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
@@ -183,5 +243,8 @@ def _top_k_attention(
     if counting_value_rows():
         read = torch.zeros(batch, kv_heads, length, dtype=torch.bool, device=query.device)
         read.scatter_(2, index.flatten(2), top.isfinite().flatten(2))
-        layer_stats(module).rows_read += int(read.sum())
+        counters = layer_stats(module)
+        counters.rows_read += int(read.sum())
+        visible = batch * length if attention_mask is None else int(attention_mask.sum())
+        counters.rows_visible += visible * kv_heads
     return out_heads.to(query.dtype).view(batch, 1, heads, -1), None

@@ -38,6 +38,12 @@ _DATA_SETS = {
     "hails/mmlu_no_train": "mmlu",
     "baber/paul_graham_essays": "ruler",
 }
+# The columns that lm-eval reads of them.
+_COLUMNS = {
+    "gsm8k": ("question", "answer"),
+    "mmlu": ("question", "choices", "answer"),
+    "ruler": ("text",),
+}
 # The end of the address that lm-eval fetches, and the pattern of the file here.
 _FILES = {
     "dev-v2.0.json": "squad_dev_v2.0.json*",
@@ -67,6 +73,25 @@ def describe() -> dict[str, str]:
         return {"source": "hub"}
     essays = [name for name in _ESSAYS if (directory / "ruler" / name).is_dir()]
     return {"source": "local", "haystack": essays[0] if essays else "none"}
+
+
+def ruler_files(source: str) -> list[Path]:
+    """The files that hold a source of RULER's tasks in the local directory.
+
+    Args:
+        source: "essays", "squad" or "hotpot".
+
+    Raises:
+        CommandError: one is missing.
+    """
+    directory = data_directory()
+    if directory is None:
+        return []
+    if source == "essays":
+        punkt = directory / "ruler/nltk_data/tokenizers/punkt_tab"
+        # All languages are there; the generators split English.
+        return [_essays(directory), *sorted((punkt / "english").glob("*"))]
+    return [_file(directory, next(p for p in _FILES.values() if p.startswith(source)))]
 
 
 @contextmanager
@@ -110,39 +135,82 @@ def local_data() -> Iterator[None]:
 def _data_set(directory: Path, path: str, name: str | None) -> dict[str, Any]:
     """The splits of a data set that have a file here."""
     folder = directory / _DATA_SETS[path]
+    columns = _COLUMNS[_DATA_SETS[path]]
     if path == "baber/paul_graham_essays":
-        files = [folder / essays / "train.parquet" for essays in _ESSAYS]
-        chosen = next((file for file in files if file.is_file()), files[0])
-        return {"train": _table(chosen)}
+        return {"train": _table(_essays(directory), columns)}
     if _DATA_SETS[path] == "gsm8k":
-        return {split: _table(folder / "main" / f"{split}.parquet") for split in ("train", "test")}
-    return {split: _table(folder / split / f"{name}.parquet") for split in ("dev", "test")}
+        files = {split: folder / "main" / f"{split}.parquet" for split in ("train", "test")}
+    else:
+        files = {split: folder / split / f"{name}.parquet" for split in ("dev", "test")}
+    return {split: _table(file, columns) for split, file in files.items()}
 
 
-def _table(file: Path) -> Any:
+def _essays(directory: Path) -> Path:
+    files = [directory / "ruler" / essays / "train.parquet" for essays in _ESSAYS]
+    return _present(next((file for file in files if file.is_file()), files[0]))
+
+
+def _file(directory: Path, pattern: str) -> Path:
+    files = sorted((directory / "ruler").glob(pattern))
+    return _present(files[0] if files else directory / "ruler" / pattern)
+
+
+def _present(file: Path) -> Path:
+    if not file.is_file():
+        raise CommandError(f"{file} is missing, in the directory that {VARIABLE} names")
+    return file
+
+
+def _table(file: Path, columns: tuple[str, ...]) -> Any:
     import datasets
     import pyarrow
     import pyarrow.parquet
 
-    if not file.is_file():
-        raise CommandError(f"{file} is missing, in the directory that {VARIABLE} names")
+    _present(file)
     try:
         table = pyarrow.parquet.read_table(file)
     except (OSError, pyarrow.ArrowException) as error:
         raise CommandError(f"{file} is not a parquet file: {error}") from error
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise CommandError(
+            f"{file} has no column {missing[0]!r}; it has {', '.join(table.column_names)}"
+        )
     return datasets.Dataset(datasets.table.InMemoryTable(table))
+
+
+def _check_squad(values: Any) -> None:
+    """Read all that lm-eval reads of SQuAD's file."""
+    for paragraph in [p for article in values["data"] for p in article["paragraphs"]]:
+        _text(paragraph["context"])
+        for question in paragraph["qas"]:
+            if not question["is_impossible"]:
+                _text(question["question"])
+                for answer in question["answers"]:
+                    _text(answer["text"])
+
+
+def _check_hotpot(values: Any) -> None:
+    """Read all that lm-eval reads of HotpotQA's file."""
+    for question in values:
+        _text(question["question"])
+        _text(question["answer"])
+        for title, sentences in question["context"]:
+            _text(title)
+            "".join(sentences)
+
+
+def _text(value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {value!r:.60}")
 
 
 class _LocalFile:
     """What lm-eval uses of a response of `requests.get`."""
 
     def __init__(self, directory: Path, pattern: str) -> None:
-        files = sorted((directory / "ruler").glob(pattern))
-        if not files:
-            raise CommandError(
-                f"{directory / 'ruler' / pattern} is missing, in the directory that {VARIABLE} names"
-            )
-        self._file = files[0]
+        self._file = _file(directory, pattern)
+        self._check = _check_squad if pattern.startswith("squad") else _check_hotpot
 
     def raise_for_status(self) -> None:
         """The file is there."""
@@ -151,6 +219,13 @@ class _LocalFile:
         """Its contents."""
         try:
             data = self._file.read_bytes()
-            return json.loads(gzip.decompress(data) if self._file.suffix == ".gz" else data)
+            values = json.loads(gzip.decompress(data) if self._file.suffix == ".gz" else data)
         except (OSError, EOFError, ValueError) as error:
             raise CommandError(f"{self._file} cannot be read: {error}") from error
+        try:
+            self._check(values)
+        except (LookupError, TypeError, ValueError) as error:
+            raise CommandError(
+                f"{self._file} is not in the format that lm-eval reads: {type(error).__name__}: {error}"
+            ) from error
+        return values

@@ -107,11 +107,11 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         if self.is_initialized:
             self.keys, self.values = (rows[:, :, :length] for rows in self._rows)
 
-    def first(self, batch: int) -> _Layer:
-        """The first rows of the batch, in the same memory."""
-        layer = _Layer(batch, self._capacity)
+    def row(self, index: int) -> _Layer:
+        """One row of the batch, in the same memory."""
+        layer = _Layer(1, self._capacity)
         if self.is_initialized:
-            layer._rows = (self._rows[0][:batch], self._rows[1][:batch])
+            layer._rows = (self._rows[0][index : index + 1], self._rows[1][index : index + 1])
             layer.lazy_initialization(*layer._rows)
             layer.rewind(self.get_seq_length())
         return layer
@@ -243,23 +243,36 @@ class Prefix:
             self.filled, cache = snapshot
             self._cache = copy.deepcopy(cache)
 
-    def first(self, batch: int) -> Prefix:
-        """The first prompts alone, in the same memory, with a position of their own."""
+    def row(self, index: int) -> Prefix:
+        """One prompt alone, in the same memory, with a position of its own."""
         part: Prefix = copy.copy(self)
-        part.lengths = self.lengths[:batch]
-        part._mask = None if self._mask is None else self._mask[:batch]
+        part.lengths = self.lengths[index : index + 1]
+        part._mask = None if self._mask is None else self._mask[index : index + 1]
         if self._shared:
             part._cache = DynamicCache()
-            part._cache.layers = [layer.first(batch) for layer in self._cache.layers]
+            part._cache.layers = [layer.row(index) for layer in self._cache.layers]
         else:
             part._cache = copy.deepcopy(self._cache)
         return part
 
-    def visible_rows(self) -> int:
-        """Value rows that a decode step sees now, over prompts, layers and KV heads."""
-        tokens = int(self.lengths.sum()) + self.batch * (self.filled - self.width)
-        heads = sum(layer.keys.shape[1] for layer in self._cache.layers if layer.is_initialized)
-        return tokens * heads
+    def visible_rows(self, model: PreTrainedModel) -> dict[int, int]:
+        """Value rows that the last decode step saw, over prompts and KV heads, by layer: a sliding
+        window sees its own tokens alone, and a recurrent state none."""
+        kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+        tokens = self.lengths + (self.filled - self.width)
+        rows = {}
+        for i, layer in enumerate(self._cache.layers):
+            keys = getattr(layer, "keys", None)
+            if not isinstance(keys, torch.Tensor):
+                continue
+            window = getattr(layer, "sliding_window", None)
+            seen = tokens
+            if window is not None and i < len(kinds) and kinds[i] == "chunked_attention":
+                seen = (tokens - 1) % window + 1
+            elif window is not None:
+                seen = tokens.clamp(max=window)
+            rows[i] = int(seen.sum()) * keys.shape[1]
+        return rows
 
 
 def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -529,20 +542,27 @@ def score(
 
 @torch.inference_mode()
 def count_value_rows(
-    model: PreTrainedModel, prefix: Prefix, windows: Sequence[Sequence[int]]
-) -> int:
-    """Value rows visible at the step of the windows' last token; what a sampled step read of them is
-    counted in `santa_hf.stats(model)`. `prefix` is left as it was."""
+    model: PreTrainedModel, prefix: Prefix, window: Sequence[int]
+) -> tuple[int, int]:
+    """Value rows read and value rows visible at the step of a window's last token, over layers and KV
+    heads. `prefix`, of one prompt, is left as it was.
+
+    A layer that counts what it reads (santa_hf, the foil) is taken at its word; any other is exact, and
+    reads what it sees.
+    """
     start = prefix.snapshot()
     step = partial(prefix.step, model)
-    if len(windows[0]) > 1:
-        _feed(step, prefix, [window[:-1] for window in windows])
+    if len(window) > 1:
+        _feed(step, prefix, [window[:-1]])
     santa_hf.reset_stats(model)
     with santa_hf.count_value_rows():
-        _feed(step, prefix, [window[-1:] for window in windows])
-    visible = prefix.visible_rows()
+        _feed(step, prefix, [window[-1:]])
+    rows = {i: (visible, visible) for i, visible in prefix.visible_rows(model).items()}
+    for i, counters in santa_hf.stats(model).layers.items():
+        if counters.rows_visible:
+            rows[i] = (counters.rows_read, counters.rows_visible)
     prefix.restore(start)
-    return visible
+    return sum(read for read, _ in rows.values()), sum(visible for _, visible in rows.values())
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ goes through decode steps, for scoring and for generating, several documents at 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from .processes import device_name, processes
 __all__ = ["Request", "SantaLM", "batches", "main"]
 
 _SANTA_FIELDS = {field.name for field in dataclasses.fields(SantaConfig)} - {"layers"}
+# What the stock class hands on to `from_pretrained`, of what changes no answer or has to be said there.
+_LOADING = {"cache_dir", "device_map", "local_files_only", "token", "use_safetensors", "variant"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,12 @@ class SantaLM(HFLM):  # type: ignore[misc]
         model_config: str | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        for name in kwargs:
+            if name not in _ARGUMENTS:
+                raise CommandError(
+                    f"the model class santa takes no argument {name!r}; there are "
+                    f"{', '.join(sorted(_ARGUMENTS))}"
+                )
         settings = {name: kwargs.pop(name) for name in _SANTA_FIELDS & set(kwargs)}
         self.seed = settings.pop("seed", 0)
         if not isinstance(window, int) or isinstance(window, bool) or window < 1:
@@ -282,6 +291,14 @@ class SantaLM(HFLM):  # type: ignore[misc]
         raise NotImplementedError(
             "a rolling log-likelihood is computed by prefill, which this method does not change"
         )
+
+
+def _parameters(kind: type) -> set[str]:
+    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return {p.name for p in parameters if p.kind != p.VAR_KEYWORD} - {"self"}
+
+
+_ARGUMENTS = _SANTA_FIELDS | _LOADING | _parameters(SantaLM) | _parameters(HFLM)
 
 
 @dataclass

@@ -42,6 +42,14 @@ _ESSAY_TASKS = (
     "niah_multivalue",
     "niah_multiquery",
 )
+# What tasks read beside lm-eval's own words.
+_SOURCES = {
+    **dict.fromkeys(_ESSAY_TASKS, "essays"),
+    "ruler_qa_squad": "squad",
+    "ruler_qa_hotpot": "hotpot",
+}
+# Packages whose words, sentences and code become documents.
+_PACKAGES = ("lm-eval", "wonderwords", "nltk")
 _GENERATORS = ("prepare_niah", "vt_utils", "cwe_utils", "fwe_utils", "qa_utils")
 
 
@@ -81,8 +89,21 @@ def _key(name: str, length: int, tokenizer: PreTrainedTokenizerBase, seed: int) 
     """Hash of everything the documents depend on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else tokenizer.name_or_path
-    parts = [name, length, vocabulary, seed, version("lm-eval"), data.describe()]
-    return _hash(parts)[:16]
+    versions = [version(package) for package in _PACKAGES]
+    return _hash([name, length, vocabulary, seed, versions, _source(name)])[:16]
+
+
+def _source(name: str) -> list[str] | str | None:
+    """What a task reads: hashes of the local files, "hub", or None."""
+    if name not in _SOURCES:
+        return None
+    if data.data_directory() is None:
+        return "hub"
+    try:
+        files = data.ruler_files(_SOURCES[name])
+        return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    except OSError as error:
+        raise CommandError(f"{name}: its data cannot be read: {error}") from error
 
 
 def _hash(values: Any) -> str:

@@ -31,6 +31,7 @@ class TaskSettings:
         limit: documents of each task, the first ones; None for all.
         num_fewshot: examples in the prompt; None for the task's own number.
         max_new_tokens: cuts lm-eval's limit on an answer, never raises it; None leaves it.
+        window: prompt tokens that go through the decode path, at least 1; None for the suite's.
     """
 
     task: str
@@ -38,6 +39,7 @@ class TaskSettings:
     limit: int | None = None
     num_fewshot: int | None = None
     max_new_tokens: int | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.task, str) or not self.task:
@@ -47,6 +49,7 @@ class TaskSettings:
             ("limit", 1),
             ("num_fewshot", 0),
             ("max_new_tokens", 1),
+            ("window", 1),
         ):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), low)
@@ -60,7 +63,7 @@ class Suite:
         tasks: what to run.
         arms: how to decode, by name; dense is always there, and first.
         seeds: keys of the draws; arms that draw nothing run once.
-        window: prompt tokens that go through the decode path, at least 1.
+        window: prompt tokens that go through the decode path, at least 1, where a task does not say.
         chat: wrap prompts in the chat template.
         data_seed: seed of RULER's samples.
 
@@ -100,7 +103,10 @@ class Suite:
     def settings(self) -> dict[str, Any]:
         """What decides on documents and dense answers, as plain data: all but arms and seeds."""
         return {
-            "tasks": [asdict(settings) for settings in self.tasks],
+            "tasks": [
+                {**asdict(settings), "window": settings.window or self.window}
+                for settings in self.tasks
+            ],
             "window": self.window,
             "chat": self.chat,
             "data_seed": self.data_seed,
@@ -112,6 +118,7 @@ class Suite:
         path: str | os.PathLike[str],
         *,
         limit: int | None = None,
+        window: int | None = None,
         arms: list[str] | None = None,
         **overrides: Any,
     ) -> Suite:
@@ -119,7 +126,7 @@ class Suite:
 
         Args:
             path: the YAML file.
-            limit: replaces that of every task.
+            limit, window: replace those of every task.
             arms: replace the suite's; either the name of one of them, or see `parse_arm`.
             overrides: replace other fields.
 
@@ -129,7 +136,8 @@ class Suite:
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             _refuse_unknown(values, cls)
-            changes = {} if limit is None else {"limit": limit}
+            given = {"limit": limit, "window": window}
+            changes = {name: value for name, value in given.items() if value is not None}
             tasks = []
             for settings in values.pop("tasks", None) or ():
                 _refuse_unknown(settings, TaskSettings)
@@ -140,10 +148,14 @@ class Suite:
                 chosen = {}
                 for text in arms:
                     name, settings = parse_arm(text)
+                    if name in chosen:
+                        raise ValueError(f"arm {name!r} is given twice")
                     if settings is None and name not in known:
                         raise ValueError(f"no arm {name!r}; there are {', '.join(known)}")
                     chosen[name] = known[name] if settings is None else settings
                 values["arms"] = chosen
+            if window is not None:
+                values["window"] = window
             return cls(**{**values, "tasks": tuple(tasks), **overrides})
         except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
             raise CommandError(f"{os.fspath(path)}: {error}") from error

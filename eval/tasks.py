@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from .suite import TaskSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Documents", "Response", "load_documents"]
+__all__ = ["Documents", "Response", "check_overlap", "load_documents"]
 
 # Folders of lm-eval's tasks that are looked in first: indexing all of them takes half a minute.
 _COMMON = (ruler.FOLDER, "gsm8k", "mmlu/default")
@@ -185,6 +186,10 @@ def load_documents(
     Raises:
         CommandError: lm-eval has no such task, the settings do not fit it, or data are missing.
     """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise CommandError(
+            f"chat is true, and the tokenizer of {tokenizer.name_or_path} has no chat template"
+        )
     # What lm-eval prints and logs while it builds tasks is not for the user of a comparison.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()), data.local_data():
@@ -227,12 +232,50 @@ def load_documents(
     return found
 
 
+def check_overlap(suite: Sequence[TaskSettings]) -> None:
+    """Refuse tasks of which one is part of another, at one length: they would share their results.
+
+    Raises:
+        CommandError: two entries hold the same task; the message names both. Or there is no such task.
+    """
+    first: dict[tuple[str, int | None], str] = {}
+    for settings in suite:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            manager, _ = _manager(settings.task)
+            members = _members(manager, settings.task)
+        for name in members:
+            other = first.setdefault((name, settings.length), settings.task)
+            if other != settings.task:
+                at = "" if settings.length is None else f" at {settings.length} tokens"
+                raise CommandError(
+                    f"tasks {other!r} and {settings.task!r} both come to {name!r}{at}: leave one out"
+                )
+
+
+def _members(manager: Any, name: str) -> list[str]:
+    """The tasks of a group or a tag, through all levels, without loading any; of a task, itself."""
+    from lm_eval.tasks._index import Kind
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    entry = manager.task_index.get(name)
+    if entry is not None and entry.kind == Kind.TAG:
+        inner: list[Any] = sorted(entry.tags)
+    elif entry is not None and entry.kind == Kind.GROUP and entry.yaml_path is not None:
+        listed = load_yaml(entry.yaml_path, resolve_func=False).get("task") or []
+        inner = [listed] if isinstance(listed, str) else listed
+    else:
+        return [name]
+    names = [one if isinstance(one, str) else one.get("task", one.get("group")) for one in inner]
+    # A group may hold tasks of its own making, which have no other name.
+    return [m for n in names if isinstance(n, str) and n != name for m in _members(manager, n)]
+
+
 def _manager(name: str) -> tuple[Any, str]:
     """A task manager that knows a task, and the folder of the task within lm-eval's."""
     tasks = importlib.import_module("lm_eval.tasks")
     root = Path(tasks.__file__ or "").parent
-    for paths in ([root / folder for folder in _COMMON], root):
-        manager = tasks.TaskManager(include_defaults=False, include_path=paths)
+    for paths in (tuple(root / folder for folder in _COMMON), (root,)):
+        manager = _indexed(paths)
         entry = manager.task_index.get(name)
         if entry is not None:
             path = entry.yaml_path
@@ -240,6 +283,12 @@ def _manager(name: str) -> tuple[Any, str]:
     near = [other for other in manager.all_tasks if name.lower() in other.lower()][:8]
     hint = f"; did you mean one of {', '.join(near)}?" if near else ""
     raise CommandError(f"lm-eval has no task or group {name!r}{hint}")
+
+
+@cache
+def _indexed(paths: tuple[Path, ...]) -> Any:
+    tasks = importlib.import_module("lm_eval.tasks")
+    return tasks.TaskManager(include_defaults=False, include_path=list(paths))
 
 
 def _check(settings: TaskSettings, is_ruler: bool) -> None:

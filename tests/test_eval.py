@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import random
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import santa_hf
-from eval import demo, ruler
+from eval import data, demo, ruler
 from eval import smollm2 as conversion
 from eval.arms import DENSE, use_arm
 from eval.cli import Command, CommandError, run_command
 from eval.decode import Prefix, Steps, _StaticStep, generate
 from eval.results import Arm, load_results
-from eval.suite import SUITES, Suite, find_suite
-from eval.tasks import load_documents
+from eval.suite import SUITES, Suite, TaskSettings, find_suite
+from eval.tasks import Response, load_documents
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -153,9 +161,138 @@ def test_documents_are_built_once_and_a_corrupt_copy_is_built_again(
     assert more[:2] == first
 
 
-def documents(task: str, tokenizer: Any, **settings: Any) -> Any:
-    from eval.suite import TaskSettings
+PROSE = "The river ran past the mill. A heron stood in the reeds. Nobody spoke of the winter. "
 
+
+@pytest.fixture
+def local_data(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Local copies of all that RULER reads, a few lines of each."""
+    from lm_eval.tasks.ruler import qa_utils
+
+    generator = ruler._generator()
+    read_once = (
+        generator.get_haystack, qa_utils.download_json, qa_utils.read_squad, qa_utils.read_hotpotqa
+    )  # fmt: skip
+    for read in read_once:
+        read.cache_clear()
+    directory = tmp_path / "data/ruler"
+    punkt = directory / "nltk_data/tokenizers/punkt_tab/english"
+    punkt.mkdir(parents=True)
+    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+        (punkt / name).write_text("")
+    write_essays(directory.parent, PROSE)
+    paragraphs = [
+        {
+            "context": f"{PROSE}The tower of town {i} was built in {1500 + i}.",
+            "qas": [
+                {"question": f"When was tower {i} built?", "is_impossible": i == 0,
+                 "answers": [{"text": str(1500 + i)}]}
+            ],
+        }
+        for i in range(6)
+    ]  # fmt: skip
+    squad = {"data": [{"paragraphs": paragraphs}]}
+    (directory / "squad_dev_v2.0.json.gz").write_bytes(gzip.compress(json.dumps(squad).encode()))
+    hotpot = [
+        {"question": f"Which river is {i}?", "answer": f"River {i}",
+         "context": [[f"Title {i}", [PROSE, f"River {i} is long."]], ["Other", [PROSE]]]}
+        for i in range(4)
+    ]  # fmt: skip
+    (directory / "hotpot_dev_distractor_v1.json").write_text(json.dumps(hotpot))
+    monkeypatch.setenv(data.VARIABLE, str(directory.parent))
+    yield directory.parent
+    for read in read_once:
+        read.cache_clear()
+
+
+def write_essays(directory: Path, text: str, column: str = "text") -> None:
+    path = directory / "ruler/public_domain_essays/train.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{column: text * 100}]), path)
+
+
+@pytest.mark.model
+def test_all_13_tasks_of_ruler_are_built_from_local_copies(
+    local_data: Path, tokenizer: Any
+) -> None:
+    def no_network(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("network access")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(socket.socket, "connect", no_network)
+        patched.setattr(socket, "getaddrinfo", no_network)
+        found = load_documents(TaskSettings("ruler", length=1024, limit=2), tokenizer)
+    by_name = {one.task.name: one for one in found}
+    assert len(by_name) == 13
+    for name, one in by_name.items():
+        assert (one.task.length, one.task.group, len(one)) == (1024, "ruler", 2)
+        prompt = one.requests[0][0][0]
+        assert 150 < len(tokenizer(prompt).input_ids) < 1024 + 64
+        reads = {"essays": "A heron stood", "squad": "The tower of town", "hotpot": "River"}
+        assert reads.get(ruler._SOURCES.get(name, ""), "") in prompt
+        targets = ruler.documents(name, 1024, 2, tokenizer)[0]["outputs"]
+        metrics, _ = one.evaluate({i: Response((" ".join(targets),), 1) for i in one.ids[:1]})
+        assert metrics[one.task.main_metric].value == 1.0
+
+
+@pytest.mark.model
+def test_documents_of_other_data_are_other_documents(local_data: Path, tokenizer: Any) -> None:
+    names = ("niah_single_2", "ruler_vt", "ruler_qa_squad", "ruler_qa_hotpot")
+
+    def keys() -> list[str]:
+        return [ruler._key(name, 1024, tokenizer, 0) for name in names]
+
+    first = keys()
+    write_essays(local_data, PROSE.replace("heron", "goose"))
+    second = keys()
+    assert [a == b for a, b in zip(first, second, strict=True)] == [False, True, True, True]
+    path = local_data / "ruler/squad_dev_v2.0.json.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + b"\n"))
+    assert [a == b for a, b in zip(second, keys(), strict=True)] == [True, True, False, True]
+
+
+@pytest.mark.model
+def test_readable_data_in_another_format_are_named(local_data: Path, tokenizer: Any) -> None:
+    write_essays(local_data, PROSE, column="body")
+    questions = [{"q": "How many?", "answer": "#### 3"}]
+    for split in ("train", "test"):
+        path = local_data / f"gsm8k/main/{split}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(questions), path)
+    (local_data / "ruler/hotpot_dev_distractor_v1.json").write_text('[{"question": "Why?"}]')
+    (local_data / "ruler/squad_dev_v2.0.json.gz").write_bytes(gzip.compress(b'{"data": [3]}'))
+    for task, length, message in (
+        ("gsm8k", None, r"main/train.parquet has no column 'question'; it has q, answer"),
+        ("niah_single_2", 1024, r"essays/train.parquet has no column 'text'; it has body"),
+        ("ruler_qa_hotpot", 1024, r"hotpot_dev\S*json is not in the format.*answer"),
+        ("ruler_qa_squad", 1024, r"squad_dev\S*gz is not in the format"),
+    ):
+        with pytest.raises(CommandError, match=message):
+            load_documents(TaskSettings(task, length=length, limit=1), tokenizer)
+
+
+@pytest.mark.model
+def test_data_come_from_the_hub_by_default(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(data.VARIABLE, raising=False)
+    rows = [{"question": f"What is {i} and 1?", "answer": f"#### {i + 1}"} for i in range(6)]
+    split = datasets.Dataset.from_list(rows)
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        asked.append((kwargs.pop("path", None) or args[0], kwargs.get("name") or args[1:]))
+        return datasets.DatasetDict(train=split, test=split)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert data.describe() == {"source": "hub"}
+    (found,) = load_documents(TaskSettings("gsm8k", limit=2, num_fewshot=1), tokenizer)
+    assert asked == [("openai/gsm8k", "main")]
+    assert "What is 0 and 1?" in found.requests[0][0][0]
+    get = requests.get
+    with data.local_data():
+        assert (datasets.load_dataset, requests.get) == (load_dataset, get)
+
+
+def documents(task: str, tokenizer: Any, **settings: Any) -> Any:
     chat = settings.pop("chat", False)
     chosen = TaskSettings(task=task, length=1024, limit=1, **settings)
     (found,) = load_documents(chosen, tokenizer, chat=chat)
@@ -164,8 +301,6 @@ def documents(task: str, tokenizer: Any, **settings: Any) -> Any:
 
 @pytest.mark.model
 def test_scores_are_those_of_lm_eval(tokenizer: Any) -> None:
-    from eval.tasks import Response
-
     found = documents("ruler_vt", tokenizer)
     targets = ruler.documents("ruler_vt", 1024, 1, tokenizer)[0]["outputs"]
     assert len(targets) == 5
@@ -201,8 +336,6 @@ def test_chat_template_leaves_the_answer_open(tokenizer: Any) -> None:
 def test_tasks_that_cannot_be_built_are_named(
     settings: dict[str, Any], message: str, tokenizer: Any
 ) -> None:
-    from eval.suite import TaskSettings
-
     with pytest.raises(CommandError, match=message):
         load_documents(TaskSettings(**{"length": 1024, "limit": 1, **settings}), tokenizer)
 
@@ -386,6 +519,30 @@ def test_every_suite_loads() -> None:
         assert all(arm.config["strict"] for arm in arms.values() if arm.method == "santa")
 
 
+def test_all_is_the_single_suites() -> None:
+    whole = Suite.from_yaml(SUITES / "all.yaml")
+    singles = [
+        Suite.from_yaml(SUITES / f"{name}.yaml")
+        for name in ("gsm8k", "mmlu", "ruler-4k", "ruler-32k")
+    ]
+    assert whole.settings()["tasks"] == [t for one in singles for t in one.settings()["tasks"]]
+    for one in singles:
+        assert (one.seeds, one.chat, one.data_seed) == (whole.seeds, whole.chat, whole.data_seed)
+        assert whole.made_arms().items() <= one.made_arms().items()
+
+
+def test_a_task_has_a_window_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text("window: 3\ntasks: [{task: gsm8k}, {task: mmlu, window: 16}]\n")
+
+    def windows(**changes: Any) -> list[int]:
+        tasks = Suite.from_yaml(path, **changes).settings()["tasks"]
+        return [task["window"] for task in tasks]
+
+    assert windows() == [3, 16]
+    assert windows(window=2) == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -407,6 +564,8 @@ def test_every_suite_loads() -> None:
         ("{TASK}\nchat: maybe", "chat must be true or false"),
         ("tasks: [{task: ruler_vt, length: 1000}]", "length must be an integer of at least 1024"),
         ("tasks: [{task: ruler_vt, length: 1024, limit: true}]", "limit must be"),
+        ("tasks: [{task: gsm8k, window: 0}]", "window must be an integer of at least 1"),
+        ("{TASK}\narms: {a b: {samples: 3}}", "'a b' is no name of an arm"),
     ],
 )
 def test_a_bad_suite_is_named(text: str, message: str, tmp_path: Path) -> None:

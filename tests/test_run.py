@@ -5,17 +5,25 @@ The model is tiny and random, with the tokenizer of SmolLM2: scores mean nothing
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import traceback
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import accelerate
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -24,13 +32,15 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
 import santa_hf
-from eval import compare, results, run
-from eval.arms import DENSE, use_arm
+from eval import compare, partial, provenance, results, run
+from eval.arms import DENSE, check_model, use_arm
 from eval.cli import CommandError
 from eval.data import VARIABLE
 from eval.decode import Prefix, count_value_rows, score
 from eval.lm import Request, SantaLM, batches
-from eval.results import Arm, load_results
+from eval.partial import Progress
+from eval.processes import processes
+from eval.results import Arm, group_scores, load_results
 from tests import tiny
 
 pytestmark = pytest.mark.model
@@ -195,6 +205,7 @@ def test_santa_decodes_the_window_and_the_choices(
         ({"config": "nowhere.yaml"}, "nowhere.yaml"),
         ({"model_config": '{"rope": 3}'}, "has no 'rope'"),
         ({"model_config": "{"}, "no JSON"),
+        ({"sampels": 3}, "takes no argument 'sampels'; there are .*samples.*window"),
     ],
 )
 def test_bad_arguments_are_named_before_the_model_is_loaded(
@@ -218,8 +229,53 @@ def test_a_prompt_is_never_truncated(model_dir: Path) -> None:
         lm.loglikelihood_rolling([])
 
 
+# `python -m eval`, but for lm-eval's index of all its tasks, which takes half a minute.
+EVAL_WITH_GSM8K_ALONE = """
+import pathlib, runpy
+import lm_eval.tasks as tasks
+folder = pathlib.Path(tasks.__file__).parent / "gsm8k"
+init = tasks.TaskManager.__init__
+tasks.TaskManager.__init__ = lambda self, *args, **kwargs: init(
+    self, include_defaults=False, include_path=str(folder), metadata=kwargs.get("metadata")
+)
+runpy.run_module("eval", run_name="__main__")
+"""
+
+
+def test_lm_evals_own_command_line_has_the_model_class(
+    model_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    arguments = f"""lm-eval run --model santa --tasks gsm8k --num_fewshot 1 --limit 2 --device cpu
+        --model_args pretrained={model_dir},dtype=float64,samples=2,seed=3,window=2 --batch_size 2
+        --gen_kwargs max_gen_toks=5 --log_samples --output_path {tmp_path / "out"}"""
+    done = subprocess.run(
+        [sys.executable, "-c", EVAL_WITH_GSM8K_ALONE, *arguments.split()],
+        cwd=ROOT,
+        env={**os.environ, VARIABLE: str(data_dir), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out").rglob("samples_gsm8k_*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    asked = [
+        SimpleNamespace(args=tuple(sample["arguments"]["gen_args_0"].values()))
+        for sample in {sample["doc_id"]: sample for sample in samples}.values()
+    ]
+    assert len(asked) == 2
+
+    def texts_of(**settings: Any) -> list[str]:
+        lm = model_class(SantaLM, model_dir, window=2, **settings)
+        return lm.generate_until(asked, disable_tqdm=True)
+
+    answered = {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
+    assert list(answered.values()) == texts_of(samples=2, seed=3)
+    assert list(answered.values()) != texts_of(attention="dense")
+
+
 def test_answers_keep_lm_evals_order_and_one_batch_is_held_at_a_time(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = model_class(SantaLM, model_dir, attention="dense")
     asked = [request.args for request in pairs()]
@@ -231,13 +287,12 @@ def test_answers_keep_lm_evals_order_and_one_batch_is_held_at_a_time(
         responses.update(given)
         return {}, []
 
-    task = SimpleNamespace(output_type="multiple_choice", length=None)
+    task = MagicMock(output_type="multiple_choice", length=None, key="t", documents_sha256="")
     documents = MagicMock(task=task, ids=[3, 8], requests=requests, evaluate=evaluate)
     documents.__len__ = lambda self: 2
-    work = run._Work(documents, [(DENSE, 0)])
-    runner = run._TaskRunner(
-        lm, work, run.Options(batch_size=2), SimpleNamespace(config_hash="", provenance={})
-    )
+    work = run._Work(documents, 1, [(DENSE, 0)])
+    header = MagicMock(config_hash="", provenance={}, seeds=[0])
+    runner = run._TaskRunner(lm, work, run.Options(batch_size=2), header, tmp_path)
     prefixes: list[weakref.ref[Prefix]] = []
     prefill = lm.prefill
 
@@ -310,9 +365,9 @@ def test_the_foil_keeps_the_largest_scores() -> None:
         if arm.method == "top-k":
             k = (arm.config or {})["k"]
             use_arm(model, arm, 0, "sdpa")
-            visible = count_value_rows(model, prefix, windows)
+            each = [count_value_rows(model, prefix.row(i), windows[i]) for i in range(2)]
+            read, visible = map(sum, zip(*each, strict=True))
             assert visible == (60 + 45) * tiny.LAYERS * tiny.KV_HEADS
-            read = santa_hf.stats(model).total.rows_read
             # Two query heads share a KV head, and at most double its rows.
             one = 2 * tiny.LAYERS * tiny.KV_HEADS * k
             assert min(one, visible) <= read <= min(2 * one, visible)
@@ -326,6 +381,52 @@ def test_the_foil_keeps_the_largest_scores() -> None:
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 0.05
     assert errors[-1] < 1e-9
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gemma2"])
+def test_rows_beyond_a_sliding_window_are_neither_visible_nor_read(family: str) -> None:
+    model = tiny.build(family, torch.float64)
+    length = 100
+    row = tiny.prompts(length)[0][0].tolist()
+    window = [tiny.WINDOW] * tiny.LAYERS
+    if family != "mistral":
+        window[1] = length  # the layer in the middle sees everything
+    expected = sum(window) * tiny.KV_HEADS
+    use_arm(model, DENSE, 0, tiny.baseline(family))
+    prefix = Prefix(model, [row[:-2]], 3)
+
+    def count(arm: Arm) -> tuple[int, int]:
+        use_arm(model, arm, 0, tiny.baseline(family))
+        return count_value_rows(model, prefix.row(0), row[-2:])
+
+    assert count(DENSE) == (expected, expected)
+    # The first layer is exact by its configuration.
+    exact = {"samples": 2, "layers": {"0": {"estimator": "dense"}}}
+    for settings, whole_layers in (({"samples": 2}, 0), (exact, 1)):
+        read, visible = count(Arm("s", "santa", settings, False))
+        assert visible == expected
+        dense = whole_layers * tiny.WINDOW * tiny.KV_HEADS
+        sampled = (tiny.LAYERS - whole_layers) * tiny.HEADS
+        assert dense + sampled <= read <= dense + 2 * sampled
+    if family == "mistral":
+        read, visible = count(Arm("t", "top-k", {"k": 3}, True))
+        assert visible == expected
+        assert read <= 3 * tiny.HEADS * tiny.LAYERS
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"), [("gemma2", "soft-capped"), ("gpt_oss", "attention sinks")]
+)
+def test_the_foil_refuses_what_it_would_not_compute(family: str, reason: str) -> None:
+    arm = Arm("t", "top-k", {"k": 3}, True)
+    model = tiny.build(family)
+    with pytest.raises(ValueError, match=f"arm 't': top_k knows nothing of.*{reason}"):
+        check_model(arm, model.config)
+    use_arm(model, arm, 0, "eager")
+    with pytest.raises(CommandError, match=f"top_k=3 knows nothing of.*{reason}"):
+        model(torch.tensor([[5]]))
+    check_model(arm, tiny.shared("llama").config)
+    check_model(Arm("s", "santa", {"layers": {}}, False), model.config)
 
 
 # Runs
@@ -352,6 +453,7 @@ def test_results_say_what_ran(whole: tuple[Path, Path], capsys: pytest.CaptureFi
     header, found = load_results(whole[1])
     assert len(found) == RESULTS
     assert list(header.arms) == ["dense", "santa-4", "top-4", "per-layer"]
+    assert header.tasks == ["niah_single_1-1024", "mmlu_anatomy", "gsm8k"]
     assert header.settings["data"] == {"source": "local", "haystack": "none"}
     by_key = {(r.task.name, r.arm.name, r.seed): r for r in found}
     for (task, arm, seed), result in by_key.items():
@@ -364,11 +466,13 @@ def test_results_say_what_ran(whole: tuple[Path, Path], capsys: pytest.CaptureFi
         elif arm != "santa-4":
             assert counters.sampled == 0
         if seed == 1:  # counted for the first seed alone
-            assert share == 0
+            assert share == counters.rows_counted_documents == 0
         elif arm == "dense":
             assert share == 1
         else:
             assert 0.5 < share < 0.6 if arm == "per-layer" else 0 < share < 0.2
+        if seed == 0:
+            assert counters.rows_counted_documents == min(4, len(result.documents))
         assert result.seconds > 0
         assert result.provenance["versions"]["lm-eval"]
     # One prompt token and the answer, or one step for the choices, goes through decode steps.
@@ -390,7 +494,7 @@ def test_a_run_that_a_full_disk_stopped_goes_on(
 ) -> None:
     suite, finished = whole
     out = tmp_path / "out"
-    save, respond = results.save_result, SantaLM.respond
+    save = results.save_result
     done: list[Path] = []
 
     def fill(directory: Path, result: results.Result) -> Path:
@@ -406,13 +510,7 @@ def test_a_run_that_a_full_disk_stopped_goes_on(
     before = {path: path.stat().st_mtime_ns for path in done}
     assert len(load_results(out)[1]) == 8
 
-    calls: list[int] = []
-
-    def count(self: SantaLM, prefix: Prefix, windows: Any, requests: list[Request]) -> list[Any]:
-        calls.append(len(requests))
-        return respond(self, prefix, windows, requests)
-
-    monkeypatch.setattr(SantaLM, "respond", count)
+    calls = counted_answers(monkeypatch)
     run_suite(model_dir, suite, out)
     _, found = load_results(out)
     assert {path: path.stat().st_mtime_ns for path in done} == before
@@ -428,33 +526,359 @@ def test_a_run_that_a_full_disk_stopped_goes_on(
 def test_two_processes_give_what_one_gives(
     whole: tuple[Path, Path], data_dir: Path, model_dir: Path, tmp_path: Path
 ) -> None:
-    finished, out, suite = whole[1], tmp_path / "out", tmp_path / "suite.yaml"
-    lines = whole[0].read_text().splitlines()
-    suite.write_text("\n".join(line for line in lines if "niah" not in line))
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2 -m eval run"
-    few = ("--arms", "santa-4", "top-4", "--seeds", "1")
+    suite, finished = whole
+    out = tmp_path / "out"
+    # --multi_gpu: torch's launcher, where accelerate has MPI for CPUs.
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
+    launch += f" --mixed_precision no --dynamo_backend no --main_process_port {free_port()}"
+    few = ("--arms", "santa-4", "top-4", "--seeds", "0")
     done = subprocess.run(
-        [sys.executable, *launch.split(), *command(model_dir, suite, out, *few)],
+        [
+            sys.executable,
+            *launch.split(),
+            *("-m", "eval", "run"),
+            *command(model_dir, suite, out, *few),
+        ],
         cwd=ROOT,
         env={
             **os.environ,
+            "ACCELERATE_USE_CPU": "1",
             "OMP_NUM_THREADS": "1",
             VARIABLE: str(data_dir),
+            "XDG_CACHE_HOME": str(suite.parent / "cache"),
         },
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("niah_single_1-1024") == 2  # one table, of one process
     _, found = load_results(out)
     expected = {(r.task.key, r.arm.name, r.seed): r for r in load_results(finished)[1]}
-    assert len(found) == 2 * 3
+    assert len(found) == 3 * 3
     for two in found:
         one = expected[two.task.key, two.arm.name, two.seed]
         assert (one.processes, two.processes) == (1, 2)
-        assert two.documents == one.documents
-        assert two.metrics == one.metrics
-        assert two.tokens == one.tokens
+        same(one, two)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
+
+
+def same(one: results.Result, two: results.Result) -> None:
+    """All that must not depend on how the documents were shared or batched."""
+    assert two.documents == one.documents
+    assert two.metrics == one.metrics
+    assert two.tokens == one.tokens
+    for name in ("value_rows_read", "value_rows_visible", "rows_counted_documents"):
+        assert getattr(two.counters, name) == getattr(one.counters, name)
+
+
+def forked(*actions: Callable[[], None], **environment: str) -> list[int]:
+    """Run actions in processes of their own, one rank each, which inherit all that is imported.
+
+    Returns:
+        What each ended with: 0, 1 for an exception, or minus the signal that killed it.
+    """
+    port = free_port()
+    children = []
+    for rank, action in enumerate(actions):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 1
+        try:
+            if len(actions) > 1:
+                os.environ.update(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(actions)),
+                    LOCAL_WORLD_SIZE=str(len(actions)), MASTER_ADDR="localhost", MASTER_PORT=str(port),
+                )  # fmt: skip
+            # Threads are no use after a fork.
+            os.environ.update(HF_DEACTIVATE_ASYNC_LOAD="1", **environment)
+            accelerate.PartialState._reset_state()
+            action()
+            code = 0
+        except BaseException:  # noqa: BLE001 - a child never returns into pytest
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def killed_at(call: int, action: Callable[[], None]) -> Callable[[], None]:
+    """An action that kill -9 ends as the model is about to answer its `call`-th batch."""
+    respond = SantaLM.respond
+
+    def act() -> None:
+        calls = []
+
+        def answer(self: SantaLM, *arguments: Any) -> list[Any]:
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return respond(self, *arguments)
+
+        SantaLM.respond = answer  # type: ignore[method-assign]
+        action()
+
+    return act
+
+
+def counted_answers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills with the number of prompts of every batch that a model answers from now on."""
+    calls: list[int] = []
+    respond = SantaLM.respond
+
+    def count(self: SantaLM, prefix: Prefix, windows: Any, requests: list[Request]) -> list[Any]:
+        calls.append(len(requests))
+        return respond(self, prefix, windows, requests)
+
+    monkeypatch.setattr(SantaLM, "respond", count)
+    return calls
+
+
+FEW = ("--arms", "santa-4", "--batch-size", "1")
+FEW_RESULTS = 3 * (1 + 2)
+FEW_PROMPTS = (3 + 5 + 3) * (1 + 2)
+
+
+@pytest.mark.usefixtures("local")
+def test_a_killed_run_repeats_one_batch_and_a_stopped_one_none(
+    whole: tuple[Path, Path], model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, finished = whole
+    out = tmp_path / "out"
+
+    def go_on(*more: str) -> None:
+        run_suite(model_dir, suite, out, *FEW, *more)
+
+    # Three documents times three (arm, seed): the third document's first arm is finished with it.
+    assert forked(killed_at(7, go_on)) == [-signal.SIGKILL]
+    assert not load_results(out)[1]
+    assert len(list((out / ".partial").rglob("[!.]*.json"))) == 6
+    # As if the kill had come in the middle of a write.
+    (kept, *_) = (out / ".partial").rglob("[!.]*.json")
+    kept.with_name(f".{kept.name}-abc").write_text("{")
+
+    calls = counted_answers(monkeypatch)
+    go_on("--time-limit", "0")
+    assert not calls
+    with monkeypatch.context() as patched:
+        asked: list[int] = []
+        patched.setattr(run, "_is_over", lambda _: bool(asked.append(1)) or len(asked) > 12)
+        go_on("--time-limit", "1000")
+    stopped = len(calls)
+    assert 0 < stopped < FEW_PROMPTS - 6
+    assert (out / ".partial").exists()
+    go_on()
+    assert sum(calls) == FEW_PROMPTS - 6
+    assert not (out / ".partial").exists()
+    _, found = load_results(out)
+    expected = {(r.task.key, r.arm.name, r.seed): r for r in load_results(finished)[1]}
+    assert len(found) == FEW_RESULTS
+    for result in found:
+        same(expected[result.task.key, result.arm.name, result.seed], result)
+        assert result.seconds > 0 < result.prefill_seconds
+
+
+@pytest.mark.usefixtures("local")
+def test_two_processes_go_on_without_a_common_disk(
+    whole: tuple[Path, Path], model_dir: Path, tmp_path: Path
+) -> None:
+    suite, finished = whole
+
+    def rank(number: int, *more: str) -> Callable[[], None]:
+        out = tmp_path / f"out-{number}"
+        return lambda: run_suite(model_dir, suite, out, *FEW, *more)
+
+    def exactly(prompts: int, action: Callable[[], None]) -> Callable[[], None]:
+        def act() -> None:
+            with pytest.MonkeyPatch.context() as patched:
+                calls = counted_answers(patched)
+                action()
+                assert sum(calls) == prompts
+
+        return act
+
+    # Two of three needles are the first process's. The other has one answer and waits for it.
+    assert forked(killed_at(4, rank(0)), rank(1)) == [-signal.SIGKILL, 1]
+    assert not load_results(tmp_path / "out-0")[1]
+    assert not (tmp_path / "out-1/run.json").exists()
+    # What is left of the shares of 7 and 4 documents with three (arm, seed) each.
+    assert forked(exactly(21 - 3, rank(0)), exactly(12 - 1, rank(1))) == [0, 0]
+    _, found = load_results(tmp_path / "out-0")
+    expected = {(r.task.key, r.arm.name, r.seed): r for r in load_results(finished)[1]}
+    assert len(found) == FEW_RESULTS
+    for result in found:
+        same(expected[result.task.key, result.arm.name, result.seed], result)
+    # What one process refuses ends the others too, here what only the first one sees.
+    assert forked(rank(0, "--window", "2"), rank(1, "--window", "2")) == [1, 1]
+
+
+def test_two_processes_share_documents_and_what_lm_eval_gathers(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    def gather(rank: int) -> Callable[[], None]:
+        def act() -> None:
+            processes("cpu")
+            runner = a_runner(model_dir, tmp_path)
+            # The bar is of a process's own share: of five documents, with three (arm, seed) each.
+            updates: list[int] = []
+            found = [r for *_, r in runner.results(SimpleNamespace(update=updates.append), None)]
+            assert sum(updates) == runner.prompts == (9, 6)[rank]
+            assert [r is None for r in found] == [rank == 1] * 3
+            lm = runner.lm
+            assert (lm.rank, lm.world_size) == (rank, 2)
+            assert lm.all_gather(torch.tensor(rank + 5)).tolist() == [5, 6]
+            lm.barrier()
+
+        return act
+
+    assert forked(gather(0), gather(1)) == [0, 0]
+
+
+def a_runner(
+    model_dir: Path, out: Path, max_length: int | None = None, **options: Any
+) -> run._TaskRunner:
+    """Five questions for dense and two seeds of an arm, none answered yet."""
+    lm = model_class(SantaLM, model_dir, max_length=max_length)
+    asked = [[(question, {"until": ["\n"], "max_gen_toks": 3})] for question, _ in SUMS]
+    task = MagicMock(output_type="generate_until", length=None, key="t", documents_sha256="")
+    documents = MagicMock(task=task, ids=list(range(5)), requests=asked, max_new_tokens=None)
+    documents.__len__ = lambda self: 5
+    documents.evaluate = lambda given: ({}, [])
+    arm = Arm("s", "santa", {"samples": 4, "layers": {}}, False)
+    work = run._Work(documents, 1, [(DENSE, 0), (arm, 0), (arm, 1)])
+    header = MagicMock(config_hash="", provenance={}, seeds=[0])
+    return run._TaskRunner(lm, work, run.Options(**{"batch_size": 2, **options}), header, out)
+
+
+def test_the_bar_the_clock_and_the_choice_of_documents(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = a_runner(model_dir, tmp_path, count_documents=2)
+    respond, prefill = SantaLM.respond, SantaLM.prefill
+
+    def slowly(self: SantaLM, *arguments: Any) -> list[Any]:
+        time.sleep(0.1)
+        return respond(self, *arguments)
+
+    monkeypatch.setattr(SantaLM, "respond", slowly)
+    monkeypatch.setattr(
+        SantaLM, "prefill", lambda self, chosen: (time.sleep(0.03), prefill(self, chosen))[1]
+    )
+    updates: list[int] = []
+    found = [r for *_, r in runner.results(SimpleNamespace(update=updates.append), None) if r]
+    assert len(found) == 3
+    assert sum(updates) == runner.prompts == 5 * 3
+    for result in found:  # three batches
+        assert 0.3 <= result.seconds < 0.3 + 1
+        assert 0.09 <= result.prefill_seconds < 0.09 + 1
+    assert [r.counters.rows_counted_documents for r in found] == [2, 2, 0]
+    # By the task's name alone, neither the longest nor the first of every task.
+    assert runner.counted == a_choice("t")
+    assert len({tuple(sorted(a_choice(name))) for name in "tuvwxyz"}) > 2
+
+
+def a_choice(key: str) -> set[int]:
+    documents = MagicMock(ids=list(range(5)))
+    documents.__len__ = lambda self: 5
+    return run._counted_documents(documents, key, 2)
+
+
+def test_a_prompt_that_the_model_class_finds_too_long_is_named(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CommandError, match=r"t, document 0: a prompt of .* would be truncated"):
+        a_runner(model_dir, tmp_path, max_length=12)
+
+
+def test_what_is_answered_twice_or_not_at_all_is_an_error(model_dir: Path, tmp_path: Path) -> None:
+    runner = a_runner(model_dir, tmp_path)
+    half = Progress(answers={0: {0: "a"}, 1: {0: "b"}})
+    rest = Progress(answers={i: {0: "c"} for i in (2, 3, 4)})
+    assert runner._result(DENSE, 0, [half, rest])
+    with pytest.raises(RuntimeError, match=r"\[0, 1\] were answered twice"):
+        runner._result(DENSE, 0, [half, rest, half])
+    with pytest.raises(RuntimeError, match="2 of 5 requests were answered"):
+        runner._result(DENSE, 0, [half])
+
+
+def test_kept_answers_are_what_they_were_and_no_others(tmp_path: Path) -> None:
+    done = Progress(
+        answers={3: {0: (-1 / 3, True), 1: (-math.inf, False)}, 4: {0: "an answer"}},
+        n_tokens=run.Counter({3: 2, 4: 7}),
+        counters=run.Counter(sampled=5),
+        fallbacks=run.Counter(mask=1),
+        seconds=0.1,
+        prefill_seconds=0.2,
+        tokens=9,
+    )
+    of = {"config_hash": "ab"}
+    partial.save(tmp_path, "task", "arm", 1, of, done)
+    (found,) = partial.load(tmp_path, "task", "arm", 1, of).values()
+    assert found == done
+    assert not partial.load(tmp_path, "task", "arm", 1, {"config_hash": "cd"})
+    assert not partial.load(tmp_path, "task", "arm", 2, of)
+    partial.save(tmp_path, "task", "arm", 1, of, done)
+    assert len(partial.load(tmp_path, "task", "arm", 1, of)) == 1  # no answer twice
+    for path in tmp_path.rglob("*.json"):
+        path.write_text(path.read_text()[:-30])
+    assert not partial.load(tmp_path, "task", "arm", 1, of)
+    partial.remove(tmp_path, "task", "arm", 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_provenance_says_what_ran_and_where() -> None:
+    config = SimpleNamespace(_commit_hash="0a1b")
+    model = SimpleNamespace(dtype=torch.bfloat16, config=config)
+    lm = SimpleNamespace(device=torch.device("cpu"), model=model, dense="sdpa")
+    found = run._model_provenance(lm, {"model_sha256": "ff"}, 3)
+    head = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found["commit"].rstrip("+") == commit.strip()
+    assert found["device"] == provenance.cpu_model()
+    assert len(found["device"]) > 1
+    assert found["model_revision"] == "0a1b"
+    assert found["model_sha256"] == "ff"
+    assert (found["processes"], found["dtype"]) == (3, "bfloat16")
+    age = datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(
+        found["date"]
+    )
+    assert abs(age.total_seconds()) < 60
+
+
+@pytest.mark.usefixtures("local")
+def test_ruler_is_scored_at_every_length_and_may_overshoot_it(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    names = ("niah_single_1", "ruler_fwe")
+    tasks = ", ".join(
+        f"{{task: {name}, length: {length}, limit: 2, max_new_tokens: 50}}"
+        for length in (1024, 1200)
+        for name in names
+    )
+    # fwe, with a chat template, takes up to 1206 tokens and an answer at 1200.
+    suite.write_text(f"arms: {{santa-2: {{samples: 2}}}}\nchat: true\ntasks: [{tasks}]\n")
+    # As long as the prompts are meant to be: what lm-eval leaves out of a length has no room.
+    run_suite(
+        model_dir, suite, tmp_path / "out", "--model-config", '{"max_position_embeddings": 1200}'
+    )
+    _, found = load_results(tmp_path / "out")
+    scores = {(s.key, s.arm): s for s in group_scores(found)}
+    assert set(scores) == {(f"ruler-{n}", a) for n in (1024, 1200) for a in ("dense", "santa-2")}
+    for (key, arm), group in scores.items():
+        each = [r for r in found if r.arm.name == arm and r.task.length == int(key[6:])]
+        assert group.value == pytest.approx(sum(r.score.value for r in each) / 2)
+        assert (group.tasks, group.documents) == (2, 4)
+    printed = capsys.readouterr().out
+    assert "ruler-1024" in printed
+    assert "ruler-1200" in printed
 
 
 # Bad input, named before a model is loaded
@@ -486,6 +910,20 @@ NEEDLE = "tasks: [{task: niah_single_1, length: 1024, limit: 1}]\n"
         (NEEDLE + "arms: {a: {kernel: flash}}", [], "'a'.*needs a CUDA device"),
         (NEEDLE + "arms: {a: {config: nowhere.yaml}}", [], "nowhere.yaml"),
         (NEEDLE, ["--arms", "a:samples=x"], "samples must be"),
+        (NEEDLE, ["--arms", "a/b:samples=4"], "'a/b' is no name of an arm"),
+        (NEEDLE, ["--arms", "a:samples=4", "a:samples=5"], "arm 'a' is given twice"),
+        (NEEDLE + "arms: {a: {layers: {99: {samples: 3}}}}", [], "'a'.*layer 99.*has 0 to 1"),
+        ("tasks: [{task: mmlu_anatomy}, {task: mmlu}]", [], "'mmlu_anatomy' and 'mmlu' both come"),
+        (
+            "tasks: [{task: ruler, length: 1024}, {task: niah_single_1, length: 1024}]",
+            [],
+            "'ruler' and 'niah_single_1' both.*at 1024 tokens",
+        ),
+        (
+            "tasks: [{task: gsm8k, num_fewshot: 2}]",
+            ["--model-config", '{"max_position_embeddings": 290}'],
+            r"gsm8k, document 0: a prompt of \d+ tokens and 256 more would be truncated to.*290",
+        ),
         (NEEDLE, ["--batch-size", "0"], "--batch-size must be at least 1"),
         (NEEDLE, ["--seeds", "-1"], "seeds must be"),
         (NEEDLE, ["--model-config", "{"], "not JSON"),
@@ -507,11 +945,30 @@ def test_bad_input_is_named_before_a_model_is_loaded(
 
 
 @pytest.mark.usefixtures("local", "no_model")
+def test_what_cannot_be_written_or_formatted_is_named_before_a_model_is_loaded(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(NEEDLE + "chat: true\n")
+    with pytest.raises(CommandError, match=r"suite\.yaml/out cannot be written"):
+        run_suite(model_dir, suite, suite / "out")
+    with pytest.raises(CommandError, match="cannot be written"):
+        run_suite(model_dir, suite, Path("/proc/nowhere/out"))
+    plain = tmp_path / "plain"
+    shutil.copytree(model_dir, plain, ignore=shutil.ignore_patterns("chat_template*"))
+    settings = json.loads((plain / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CommandError, match=r"chat is true.*has no chat template"):
+        run_suite(plain, suite, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("local", "no_model")
 def test_a_directory_of_something_else_is_left_alone(
     whole: tuple[Path, Path], model_dir: Path, tmp_path: Path
 ) -> None:
     suite, finished = whole
-    with pytest.raises(CommandError, match="a run of another settings"):
+    with pytest.raises(CommandError, match=r"tasks\[0\].window is 3 there and 2 here"):
         run_suite(model_dir, suite, finished, "--window", "2")
     with pytest.raises(CommandError, match="arm 'santa-4' is configured otherwise"):
         run_suite(model_dir, suite, finished, "--arms", "santa-4:samples=5")
@@ -520,6 +977,35 @@ def test_a_directory_of_something_else_is_left_alone(
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(CommandError, match="not the directory of a run"):
         run_suite(model_dir, suite, tmp_path)
+    # What the first write of a run leaves when it is killed is no other's.
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".run.json-abc").write_text("{")
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        run_suite(model_dir, suite, out)
+
+
+@pytest.mark.usefixtures("local", "no_model")
+def test_other_documents_or_weights_are_not_added_to_a_run(
+    whole: tuple[Path, Path], model_dir: Path, data_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    suite, finished = whole
+    out = shutil.copytree(finished, tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_weights", lambda model: {"model_sha256": "ab"})
+        with pytest.raises(CommandError, match=r"model_sha256 is .* there and ab here"):
+            run_suite(model_dir, suite, out, "--seeds", "2")
+    other = shutil.copytree(data_dir, tmp_path / "data")
+    path = other / "gsm8k/main/test.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    rows[0]["question"] = "Ben has 7 pears. How many?"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    monkeypatch.setenv(VARIABLE, str(other))
+    with pytest.raises(
+        CommandError, match=r"gsm8k.*its documents are not those that the data give"
+    ):
+        run_suite(model_dir, suite, out, "--seeds", "2")
 
 
 @pytest.mark.usefixtures("local", "no_model")
@@ -532,7 +1018,9 @@ def test_a_corrupt_result_is_named(
     results.save_header(out, header)
     path = results.save_result(out, found[0])
     path.write_text(path.read_text()[:100])
-    with pytest.raises(CommandError, match=r"seed-0\.json: corrupt"):
+    with pytest.raises(
+        CommandError, match=r"seed-0\.json: corrupt.*delete the file, and the same command makes"
+    ):
         run_suite(model_dir, suite, out)
     results.save_result(out, found[0])
     (out / "run.json").write_text(json.dumps({"format": 1}))
