@@ -299,13 +299,11 @@ def _find_kept(
     mine = processes().process_index
     theirs = {place: progress.answered for place, progress in found.items()}
     taken: dict[tuple[str, str, int], set[tuple[int, int]]] = {}
-    seen = set()
     for rank, places in enumerate(gather_object([theirs])):
         for place, answered in places.items():
             known = taken.setdefault(place[:3], set())
-            if place in seen or not known.isdisjoint(answered):
+            if not known.isdisjoint(answered):
                 continue
-            seen.add(place)
             known |= answered
             if rank == mine:
                 work = next(w for w in works if w.documents.task.key == place[0])

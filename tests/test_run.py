@@ -686,13 +686,14 @@ def test_a_killed_run_repeats_one_batch_and_a_stopped_one_none(
 
 
 @pytest.mark.usefixtures("local")
-def test_two_processes_go_on_without_a_common_disk(
-    whole: tuple[Path, Path], model_dir: Path, tmp_path: Path
+@pytest.mark.parametrize("common_disk", [False, True])
+def test_two_processes_go_on_with_and_without_a_common_disk(
+    common_disk: bool, whole: tuple[Path, Path], model_dir: Path, tmp_path: Path
 ) -> None:
     suite, finished = whole
 
     def rank(number: int, *more: str) -> Callable[[], None]:
-        out = tmp_path / f"out-{number}"
+        out = tmp_path / ("out-0" if common_disk else f"out-{number}")
         return lambda: run_suite(model_dir, suite, out, *FEW, *more)
 
     def exactly(prompts: int, action: Callable[[], None]) -> Callable[[], None]:
