@@ -37,7 +37,7 @@ import santa_hf
 from . import data, partial, provenance, results
 from .arms import check_device, check_model, use_arm
 from .cli import CommandError
-from .compare import compare, table
+from .compare import compare, remarks, table, unfinished
 from .decode import Decoded, Prefix, count_value_rows
 from .models import adapters_config, changed_config
 from .partial import Progress
@@ -924,7 +924,7 @@ def _summary(header: Header, found: Sequence[Result]) -> str:
     else:
         reason = "nothing to compare dense with"
     if rows:
-        return table(rows)
+        return table(rows, remarks=remarks(header, found, unfinished(header, found)))
     scores = [
         f"{result.task.key}  {result.arm.name}  seed {result.seed}  {result.score.value:.4f}"
         for result in found

@@ -258,7 +258,8 @@ def test_prose_is_read_from_local_data(tmp_path: Path, monkeypatch: pytest.Monke
     for split in ("train", "test"):
         path = tmp_path / f"gsm8k/main/{split}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        table = pyarrow.table({"question": [f"One {split}.  Two\nlines? Three", "Four."]})
+        questions = [f"One {split}.  Two\nlines? Three", "Four."]
+        table = pyarrow.table({"question": questions, "answer": ["#### 1", "#### 2"]})
         pyarrow.parquet.write_table(table, path)
     monkeypatch.setenv("SANTA_HF_DATA", str(tmp_path))
     assert adapter._prose() == ["One train.", "Two lines?", "Three", "Four."]
