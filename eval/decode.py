@@ -102,6 +102,12 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         self.rewind(stop)
         return self._rows[0][:, :, :stop], self._rows[1][:, :, :stop]
 
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Keys that the next step sees, and the position of the first."""
+        if self.slot is not None:
+            return self._capacity, 0
+        return super().get_mask_sizes(*args, **kwargs)
+
     def rewind(self, length: int) -> None:
         """Hold the first `length` slots."""
         if self.is_initialized:
