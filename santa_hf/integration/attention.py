@@ -338,8 +338,8 @@ def _decode(
     if config.estimator == "dense":
         return step(estimator="dense")
     batch, heads = query.shape[:2]
-    unprofitable = config.kernel == "auto" and rotary_key is not None
-    unprofitable = unprofitable and not mla.sampling_pays(query.device)
+    over_latents = rotary_key is not None and config.kernel == "auto"
+    unprofitable = over_latents and not mla.sampling_pays(query.device)
     if key.shape[2] < config.min_context or unprofitable:
         _count(module, "dense")
         return step(estimator="dense")
