@@ -25,7 +25,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 import tempfile
@@ -42,14 +41,12 @@ __all__ = [
     "Arm",
     "Counters",
     "Document",
-    "GroupScore",
     "Header",
     "Metric",
     "Result",
     "Task",
     "config_hash",
     "expected_tasks",
-    "group_scores",
     "load_header",
     "load_result",
     "load_results",
@@ -244,34 +241,6 @@ class Header:
     tasks: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class GroupScore:
-    """The score of an arm on a group of tasks at one length, over seeds.
-
-    Attributes:
-        group, length, arm: what it is of.
-        seeds: those for which every task of the group that the run has is finished.
-        tasks: their number.
-        documents: of all tasks together.
-        value: lm-eval's: RULER weighs tasks equally, MMLU by their documents; mean over seeds.
-        stderr: of that mean for fixed seeds: the documents' share, averaged over seeds.
-    """
-
-    group: str
-    length: int | None
-    arm: str
-    seeds: tuple[int, ...]
-    tasks: int
-    documents: int
-    value: float
-    stderr: float | None
-
-    @property
-    def key(self) -> str:
-        """Group and length, as in the key of a task."""
-        return self.group if self.length is None else f"{self.group}-{self.length}"
-
-
 def config_hash(model: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Hash of what a run evaluates; equal whatever the arms, seeds, batch size and machine."""
     text = json.dumps([model, settings], sort_keys=True, allow_nan=False)
@@ -391,53 +360,6 @@ def load_results(run: str | os.PathLike[str]) -> tuple[Header, list[Result]]:
                     f"{results[0].provenance.get(name)}: the weights changed between them"
                 )
     return header, results
-
-
-def group_scores(found: Iterable[Result]) -> list[GroupScore]:
-    """Scores of the groups of tasks that results belong to, at every length, for every arm."""
-    groups: dict[tuple[str, int | None], dict[str, dict[int, dict[str, Result]]]] = {}
-    for result in found:
-        if result.task.group is not None:
-            arms = groups.setdefault((result.task.group, result.task.length), {})
-            seeds = arms.setdefault(result.arm.name, {})
-            seeds.setdefault(result.seed, {})[result.task.name] = result
-    scores = []
-    for (group, length), arms in groups.items():
-        names = {n for seeds in arms.values() for tasks in seeds.values() for n in tasks}
-        for arm, seeds in arms.items():
-            whole = {
-                seed: list(tasks.values())
-                for seed, tasks in seeds.items()
-                if len(tasks) == len(names)
-            }
-            if not whole:
-                continue
-            each = [_group_score(group, tasks) for tasks in whole.values()]
-            errors = [error for _, error in each if error is not None]
-            scores.append(
-                GroupScore(
-                    group,
-                    length,
-                    arm,
-                    tuple(whole),
-                    len(names),
-                    sum(len(result.documents) for result in next(iter(whole.values()))),
-                    sum(value for value, _ in each) / len(each),
-                    sum(errors) / len(errors) if len(errors) == len(each) else None,
-                )
-            )
-    return scores
-
-
-def _group_score(group: str, tasks: list[Result]) -> tuple[float, float | None]:
-    """Weighted mean of the tasks' scores, and its standard error: tasks are independent samples."""
-    sizes = [1 if group == "ruler" else len(result.documents) for result in tasks]
-    weights = [size / sum(sizes) for size in sizes]
-    value = sum(w * result.score.value for w, result in zip(weights, tasks, strict=True))
-    if any(result.score.stderr is None for result in tasks):
-        return value, None
-    squares = ((w * (r.score.stderr or 0.0)) ** 2 for w, r in zip(weights, tasks, strict=True))
-    return value, math.sqrt(sum(squares))
 
 
 def write_json(path: Path, values: Any) -> None:

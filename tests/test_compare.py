@@ -153,16 +153,32 @@ def test_group_scores_are_those_of_the_comparison(group: str) -> None:
         for scores in [np.array([d.scores[runs.METRIC] for d in one.documents])]
     ]
     *_, row = compare(header, found)
-    dense, arm = results.group_scores(found)
-    assert (dense.arm, arm.arm, arm.key, arm.seeds) == ("dense", "santa-8", row.task, (0, 1, 2))
-    assert (arm.tasks, arm.documents) == (2, row.documents)
-    assert dense.value == pytest.approx(row.dense)
-    assert dense.stderr == pytest.approx(row.dense_error)
-    assert arm.value == pytest.approx(row.score)
+    # RULER weighs tasks equally, MMLU by their documents; tasks are independent samples.
+    weights = np.array([1, 1] if group == "ruler" else [50, 200]) / (2 if group == "ruler" else 250)
+    tables = {
+        name: [
+            [r.score for r in found if r.arm.name == name and r.task.name == task] for task in tasks
+        ]
+        for name in ("dense", "santa-8")
+        for tasks in [("task_a", "task_b")]
+    }
+    value = {k: weights @ [np.mean([x.value for x in t]) for t in v] for k, v in tables.items()}
+    error = {
+        k: np.mean(
+            [
+                np.hypot(*(weights * [x.stderr for x in pair]))
+                for pair in zip(*v, strict=True)
+            ]
+        )
+        for k, v in tables.items()
+    }  # fmt: skip
+    assert (row.arm, row.seeds, len(row.tasks), row.documents) == ("santa-8", [0, 1, 2], 2, 250)
+    assert row.dense == pytest.approx(value["dense"])
+    assert row.dense_error == pytest.approx(error["dense"])
+    assert row.score == pytest.approx(value["santa-8"])
     # For fixed seeds: more than that of the documents' means over seeds, less than half as much again.
     assert row.score_error is not None
-    assert arm.stderr is not None
-    assert row.score_error < arm.stderr < 1.5 * row.score_error
+    assert row.score_error < error["santa-8"] < 1.5 * row.score_error
 
 
 def test_mmlu_is_the_mean_of_its_documents() -> None:
