@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
 import json
 import random
 import tempfile
@@ -71,8 +70,6 @@ _GPU_BATCH = 512
 _RULER_SLACK = 512
 # lm-eval's limit on an answer where a task has none.
 _MAX_NEW_TOKENS = 256
-# What of a run's provenance says which weights answer.
-_WEIGHTS = ("model_sha256", "adapter_sha256")
 
 
 @dataclass(frozen=True)
@@ -226,13 +223,13 @@ def _run_all(
     started: float,
 ) -> None:
     state = processes()
-    weights = _weights(model)
-    _in_the_first(lambda: _check_weights(header, weights, directory))
+    weights = provenance.weights(model)
+    _in_the_first(lambda: results.check_weights(directory, header, weights))
     _find_kept(works, directory, header, weights)
     lm = _load(model, options)
     described = _model_provenance(lm, weights, state.num_processes)
     revision = {"model_revision": described["model_revision"]}
-    _in_the_first(lambda: _check_weights(header, revision, directory))
+    _in_the_first(lambda: results.check_weights(directory, header, revision))
     header = replace(header, provenance=header.provenance | described)
     _in_the_first(lambda: _save_header(directory, header))
     runners = _in_all(lambda: [_TaskRunner(lm, work, options, header, directory) for work in works])
@@ -428,7 +425,7 @@ class _TaskRunner:
 
     def _keep(self, arm: Arm, seed: int, new: Progress) -> None:
         documents = self.work.documents
-        weights = {name: self.header.provenance.get(name) for name in _WEIGHTS}
+        weights = {name: self.header.provenance.get(name) for name in provenance.WEIGHTS}
         of = _belongs(documents, arm, self.header, weights)
         try:
             partial.save(self.directory, documents.task.key, arm.name, seed, of, new)
@@ -640,17 +637,6 @@ def _differences(where: str, kept: Any, given: Any) -> list[str]:
     return [text for path, one, other in inner for text in _differences(path, one, other)]
 
 
-def _check_weights(header: Header, weights: Mapping[str, Any], directory: Path) -> None:
-    """Refuse to go on with other weights than those that gave the results that are there."""
-    for name, value in weights.items():
-        kept = header.provenance.get(name, value)
-        if kept != value:
-            raise CommandError(
-                f"{directory / 'run.json'}: {name} is {kept} there and {value} here: the weights have "
-                "changed; give another --out"
-            )
-
-
 def _check_documents(
     works: Sequence[_Work], directory: Path, done: set[tuple[str, str, int]]
 ) -> None:
@@ -768,15 +754,6 @@ def _load(model: dict[str, Any], options: Options) -> Any:
     )
 
 
-def _weights(model: dict[str, Any]) -> dict[str, Any]:
-    adapter = model.get("adapter")
-    hashes = (
-        _weights_hash(Path(model["name"])),
-        _weights_hash(Path(adapter)) if adapter else None,
-    )
-    return dict(zip(_WEIGHTS, hashes, strict=True))
-
-
 def _model_provenance(lm: Any, weights: Mapping[str, Any], count: int) -> dict[str, Any]:
     cuda = lm.device.type == "cuda"
     return {
@@ -791,17 +768,6 @@ def _model_provenance(lm: Any, weights: Mapping[str, Any], count: int) -> dict[s
         **weights,
         "date": _now(),
     }
-
-
-def _weights_hash(directory: Path) -> str | None:
-    """Hash of the weights in a local directory; None for a name on the hub."""
-    files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest() if files else None
 
 
 def _now() -> str:

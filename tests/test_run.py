@@ -995,7 +995,7 @@ def test_other_documents_or_weights_are_not_added_to_a_run(
     suite, finished = whole
     out = shutil.copytree(finished, tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(run, "_weights", lambda model: {"model_sha256": "ab"})
+        patched.setattr(provenance, "weights", lambda model: {"model_sha256": "ab"})
         with pytest.raises(CommandError, match=r"model_sha256 is .* there and ab here"):
             run_suite(model_dir, suite, out, "--seeds", "2")
     other = shutil.copytree(data_dir, tmp_path / "data")
