@@ -155,10 +155,11 @@ class Counters:
         draws: draws, summed over calls, rows and query heads.
         dense: calls that were exact as configured.
         fallbacks: calls that went dense because they could not be sampled, by reason.
-        value_rows_read, value_rows_visible: distinct value rows read and rows visible, summed over
-            `rows_counted_documents` documents, layers and KV heads, counted at one decode step each
-            (the last prompt token); 0 where nothing was counted. For dense and top-k as for santa.
-        rows_counted_documents: documents over which rows were counted.
+        value_rows_read, value_rows_visible: distinct value rows read and rows visible, summed over the
+            prompts of `rows_counted_documents` documents, layers and KV heads, counted at one decode
+            step each (the last prompt token); 0 where nothing was counted: for one seed alone. For
+            dense and top-k as for santa.
+        rows_counted_documents: documents over which rows were counted; in older files, few.
     """
 
     sampled: int

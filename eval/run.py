@@ -4,9 +4,6 @@ Every prompt is prefilled once, densely, and every arm and seed decodes from tha
 written as soon as its last document is answered, and what a batch added to an unfinished one before the
 next begins; started again, a run goes on with what is not there.
 
-Value rows are counted on a random choice of documents, which depends on the task alone: neither their
-lengths nor the number of processes decide which they are.
-
 Started by `accelerate launch`, processes share the documents of every task. The first one alone reads
 and writes the results, so that machines need no common disk; every one keeps what it has of unfinished
 ones.
@@ -17,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import random
 import tempfile
 import time
 from collections import Counter
@@ -80,8 +76,6 @@ class Options:
         device: "cuda", "cpu", ...
         batch_size: documents decoded together at most.
         batch_tokens: cached tokens in a batch at most; one document may exceed it.
-        count_documents: documents of each (task, arm) over which value rows are counted, chosen at
-            random but the same in every run.
         time_limit: seconds after which nothing is begun; the batch that an arm and seed are at is
             finished and kept. None for no limit.
         progress: show a progress bar.
@@ -90,7 +84,6 @@ class Options:
     device: str = "cpu"
     batch_size: int = 16
     batch_tokens: int = 131072
-    count_documents: int = 4
     time_limit: float | None = None
     progress: bool = True
 
@@ -357,7 +350,6 @@ class _TaskRunner:
             )
             for doc_id, indices in self.owners
         ]
-        self.counted = _counted_documents(documents, documents.task.key, options.count_documents)
 
     @property
     def prompts(self) -> int:
@@ -409,7 +401,9 @@ class _TaskRunner:
                     use_arm(self.lm.model, arm, seed, self.lm.dense)
                     new = Progress(prefill_seconds=prefill_seconds)
                     if arm.deterministic or seed == self.header.seeds[0]:
-                        self._count_rows(prefix, windows, batch, new)
+                        read, visible = count_value_rows(self.lm.model, prefix, windows)
+                        new.counters.update(rows_read=read, rows_visible=visible)
+                        new.counters["rows_documents"] = sum(0 in self.owners[i][1] for i in batch)
                     self._decode(prefix, windows, batch, new)
                     mine.add(new)
                     if not last or processes().num_processes > 1:
@@ -461,17 +455,6 @@ class _TaskRunner:
             new.tokens += len(windows[0]) + n - len(values)
             new.n_tokens[doc_id] += n
             new.answers.setdefault(doc_id, {}).update(zip(indices, values, strict=True))
-
-    def _count_rows(
-        self, prefix: Prefix, windows: Sequence[Sequence[int]], batch: list[int], new: Progress
-    ) -> None:
-        """Count the value rows that one decode step reads, in a pass of its own, of those documents of
-        a batch that are counted; of a document with several prompts, on the first."""
-        for row, i in enumerate(batch):
-            doc_id, indices = self.owners[i]
-            if doc_id in self.counted and 0 in indices:
-                read, visible = count_value_rows(self.lm.model, prefix.row(row), windows[row])
-                new.counters.update(rows_read=read, rows_visible=visible, rows_documents=1)
 
     def _gather(self, mine: Progress | None) -> list[Progress] | None:
         """What all processes have of an (arm, seed); None if one of them stops instead, and then all
@@ -529,13 +512,6 @@ class _TaskRunner:
     def _synchronise(self) -> None:
         if self.lm.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def _counted_documents(documents: Documents, key: str, count: int) -> set[int]:
-    """Documents over which value rows are counted: the same ones whatever their lengths and however
-    many processes share them."""
-    chosen = random.Random(key).sample(documents.ids, min(count, len(documents)))
-    return set(chosen)
 
 
 def _is_over(deadline: float | None) -> bool:
