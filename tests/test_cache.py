@@ -475,7 +475,7 @@ def test_generation_equals_the_stock_cache(
     assert (calls.multi_token > 20 * tiny.LAYERS) == (way in ("prompt lookup", "assisted"))
     assert not calls.fallbacks
     updates.clear()
-    monkeypatch.setattr(cache_module, "_IN_PLACE", {})
+    monkeypatch.setattr(cache_module, "_LAYERS", {})
     assert torch.equal(WAYS[way](model), ours)
     assert not updates
 

@@ -124,17 +124,55 @@ def test_a_four_dimensional_mask_of_another_length(model: PreTrainedModel, lengt
     model(PROMPT[:, :1], past_key_values=cache, attention_mask=torch.ones(1, 1, 1, 61).bool())
 
 
-def test_a_cache_with_fewer_layers(model: PreTrainedModel) -> None:
-    """Nothing tells a layer how many there should be: what they held stays, and is one token longer."""
-    cache = filled(model)
-    before = contents(cache)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("layers", [1, 5])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_cache_with_other_layers(family: str, layers: int, static: bool) -> None:
+    model = tiny.use(tiny.shared(family), "santa", samples=8)
+    cache = filled(model, StaticCache(config=model.config, max_cache_len=64) if static else None)
+    types = {"layer_types": ["full_attention"] * layers} if family == "gemma3" else {}
+    other = tiny.use(tiny.build(family, num_hidden_layers=layers, **types), "santa", samples=8)
+    for queries in QUERIES[:2]:
+        with refused(cache, ValueError, f"the {layers} layers of the model, got {tiny.LAYERS}"):
+            other(PROMPT[:, :queries], past_key_values=cache)
+
+
+def test_a_cache_made_without_a_config_takes_any_layers(model: PreTrainedModel) -> None:
     deeper = tiny.use(tiny.build("llama", num_hidden_layers=5), "santa", samples=8)
-    with pytest.raises(IndexError):
-        deeper(PROMPT[:, :1], past_key_values=cache)
-    for states, old in zip(contents(cache), before, strict=True):
-        assert torch.equal(states[:, :, :60], old)
-    cache.crop(-1)
-    assert all(map(torch.equal, contents(cache), before))
+    assert len(filled(deeper, DynamicCache()).layers) == 5
+
+
+@pytest.mark.parametrize("queries", QUERIES[:2])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("changes", "dtype", "rows", "error", "message"),
+    [
+        (
+            {"num_key_value_heads": 4},
+            torch.float32,
+            1,
+            ValueError,
+            r"\(1, 4, 16\), and this step adds",
+        ),
+        ({"head_dim": 24}, torch.float32, 1, ValueError, r"\(1, 2, 24\), and this step adds"),
+        ({}, torch.float64, 1, TypeError, "is torch.float32, and the cache holds torch.float64"),
+        ({}, torch.float32, 2, ValueError, r"\(1, 2, 16\), and this step adds \(2, 2, 16\)"),
+    ],
+)
+def test_a_static_cache_of_another_model_dtype_or_batch(
+    family: str,
+    changes: dict[str, int],
+    dtype: torch.dtype,
+    rows: int,
+    error: type[Exception],
+    message: str,
+    queries: int,
+) -> None:
+    other = tiny.use(tiny.build(family, **changes).to(dtype), "santa")
+    cache = filled(other, StaticCache(config=other.config, max_cache_len=80))
+    model = tiny.use(tiny.shared(family), "santa", samples=8)
+    with refused(cache, error, message):
+        model(PROMPT[:, :queries].repeat(rows, 1), past_key_values=cache)
 
 
 def test_a_mask_longer_than_the_cache(model: PreTrainedModel) -> None:

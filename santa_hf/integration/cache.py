@@ -1,4 +1,4 @@
-"""Dynamic cache layers that grow in place.
+"""Dynamic cache layers that grow in place, and static ones that refuse what is not theirs.
 
 Transformers' DynamicLayer concatenates: every decode step copies the whole K and V, and moves three
 times the bytes that attention reads. Here keys and values are views of buffers with head room, and a
@@ -7,17 +7,35 @@ for `CHUNK` more if that is larger, so growing it copies at most eight rows per 
 
 Everything else is DynamicLayer's: any operation that replaces `keys` or `values` lets go of the buffer,
 and the next step makes a new one.
+
+States of another model, batch or dtype are refused before anything is written. A stock static layer
+counts their tokens, and leaves the rest to the error of a copy.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
-__all__ = ["CHUNK", "InPlaceLayer", "InPlaceSlidingWindowLayer", "use_in_place_layers"]
+__all__ = [
+    "CHUNK",
+    "CheckedStaticLayer",
+    "CheckedStaticSlidingWindowLayer",
+    "InPlaceLayer",
+    "InPlaceSlidingWindowLayer",
+    "use_santa_layers",
+]
 
 CHUNK = 128
 
@@ -156,25 +174,7 @@ class InPlaceLayer(DynamicLayer):  # type: ignore[misc]
             )
         if not self._held():
             return
-        for name, new, held in (
-            ("key_states", key_states, self._keys),
-            ("value_states", value_states, self._values),
-        ):
-            if new.dtype != held.dtype:
-                raise TypeError(
-                    f"{name} is {new.dtype}, and the cache holds {held.dtype}: a model can only go on "
-                    "with a cache of its own dtype"
-                )
-            if new.device != held.device:
-                raise ValueError(
-                    f"{name} is on {new.device}, and this layer of the cache on {held.device}: they "
-                    "must share one device"
-                )
-            if _shape(new) != _shape(held):
-                raise ValueError(
-                    f"the cache holds {name} of (B, KVH, D) = {_shape(held)}, and this step adds "
-                    f"{_shape(new)}: is it the cache of another model or batch?"
-                )
+        _check_against(self._keys, self._values, key_states, value_states)
         if self._buffer is not None:
             self._buffer.fits = kind
 
@@ -281,6 +281,57 @@ class InPlaceSlidingWindowLayer(InPlaceLayer, DynamicSlidingWindowLayer):  # typ
         return states
 
 
+class CheckedStaticLayer(StaticLayer):  # type: ignore[misc]
+    """A StaticLayer whose update refuses states that are not of its model, batch and dtype."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write (B, KVH, q, D) and (B, KVH, q, Dv) into the next slots; returns all slots.
+
+        Raises:
+            TypeError, ValueError: dtype, device or shape are not those of the cache, which is as it was.
+                Traced code does not check.
+        """
+        if self.is_initialized and not torch.compiler.is_compiling():
+            keys: Any = self.keys  # of the mixin, which says that they may be None
+            values: Any = self.values
+            _check_against(keys, values, key_states, value_states)
+        states: tuple[torch.Tensor, torch.Tensor] = super().update(
+            key_states, value_states, *args, **kwargs
+        )
+        return states
+
+
+class CheckedStaticSlidingWindowLayer(CheckedStaticLayer, StaticSlidingWindowLayer):  # type: ignore[misc]
+    """A StaticSlidingWindowLayer whose update refuses states that are not its own."""
+
+
+def _check_against(
+    keys: torch.Tensor, values: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor
+) -> None:
+    """Refuse states that cannot follow the keys and values that are held."""
+    for name, new, held in (
+        ("key_states", key_states, keys),
+        ("value_states", value_states, values),
+    ):
+        if new.dtype != held.dtype:
+            raise TypeError(
+                f"{name} is {new.dtype}, and the cache holds {held.dtype}: a model can only go on "
+                "with a cache of its own dtype"
+            )
+        if new.device != held.device:
+            raise ValueError(
+                f"{name} is on {new.device}, and this layer of the cache on {held.device}: they "
+                "must share one device"
+            )
+        if _shape(new) != _shape(held):
+            raise ValueError(
+                f"the cache holds {name} of (B, KVH, D) = {_shape(held)}, and this step adds "
+                f"{_shape(new)}: is it the cache of another model or batch?"
+            )
+
+
 def _kind(keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
     """All that decides whether these states can follow others."""
     return keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device
@@ -289,12 +340,6 @@ def _kind(keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
 def _shape(states: torch.Tensor) -> tuple[int, int, int]:
     batch, heads, _, dim = states.shape
     return batch, heads, dim
-
-
-_IN_PLACE: dict[type, type[InPlaceLayer]] = {
-    DynamicLayer: InPlaceLayer,
-    DynamicSlidingWindowLayer: InPlaceSlidingWindowLayer,
-}
 
 
 def _must_concatenate(
@@ -308,37 +353,52 @@ def _must_concatenate(
     return any(states.requires_grad for states in (key_states, value_states, *held))
 
 
-def use_in_place_layers() -> None:
-    """Give every DynamicCache made for a model with attention "santa" layers that grow in place.
+# What takes the place of layers of exactly these classes.
+_LAYERS: dict[type, type[Any]] = {
+    DynamicLayer: InPlaceLayer,
+    DynamicSlidingWindowLayer: InPlaceSlidingWindowLayer,
+    StaticLayer: CheckedStaticLayer,
+    StaticSlidingWindowLayer: CheckedStaticSlidingWindowLayer,
+}
 
-    Only layers of exactly the stock classes are replaced; offloaded, quantised, static and user-made
-    caches, and caches made without a model's config, stay as they are. May be called again.
+
+def use_santa_layers() -> None:
+    """Give every DynamicCache made for a model with attention "santa" layers that grow in place, and
+    every StaticCache layers that check what they are given.
+
+    Only layers of exactly the stock classes are replaced; offloaded, quantised and user-made caches, and
+    caches made without a model's config, stay as they are. May be called again.
     """
-    original = DynamicCache.__init__
-    if hasattr(original, "_santa"):
-        return
+    kinds: tuple[tuple[Any, int], ...] = (DynamicCache, 1), (StaticCache, 0)
+    for kind, place in kinds:
+        if not hasattr(kind.__init__, "_santa"):
+            kind.__init__ = _with_santa_layers(kind, place)
+
+
+def _with_santa_layers(kind: Any, place: int) -> Callable[..., None]:
+    """The __init__ of a kind of cache; `place` is that of the config among its arguments."""
+    original = kind.__init__
 
     @functools.wraps(original)
-    def init(self: DynamicCache, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        config = kwargs.get("config", args[1] if len(args) > 1 else None)
-        if config is None or type(self) is not DynamicCache or self.offloading:
+        config = kwargs.get("config", args[place] if len(args) > place else None)
+        if config is None or type(self) is not kind or self.offloading:
             return
         if config.get_text_config(decoder=True)._attn_implementation != "santa":
             return
-        self.layers[:] = [_in_place(layer) for layer in self.layers]
+        self.layers[:] = [_santa_layer(layer) for layer in self.layers]
 
     init._santa = True  # type: ignore[attr-defined]
-    DynamicCache.__init__ = init  # type: ignore[method-assign]
+    return init
 
 
-def _in_place(layer: Any) -> Any:
-    """A layer that grows in place and holds what this one holds, if it is of a stock class."""
-    kind = _IN_PLACE.get(type(layer))
+def _santa_layer(layer: Any) -> Any:
+    """A layer of ours that holds what this one holds, if it is of a stock class."""
+    kind: Any = _LAYERS.get(type(layer))
     if kind is None:
         return layer
-    window = getattr(layer, "sliding_window", None)
-    in_place = kind() if window is None else kind(sliding_window=window)
+    santa = kind.__new__(kind)  # what it holds may have been gathered already
     for name, state in vars(layer).items():
-        setattr(in_place, name, state)
-    return in_place
+        setattr(santa, name, state)
+    return santa

@@ -47,8 +47,8 @@ def register() -> None:
     from transformers.masking_utils import AttentionMaskInterface
 
     from .attention import santa_attention, santa_mask
-    from .cache import use_in_place_layers
-    from .given_mask import check_given_masks
+    from .cache import use_santa_layers
+    from .given import check_given
     from .mla import adopt_at_load
     from .paged import PAGED, allow_continuous_batching, santa_paged_attention, santa_paged_mask
     from .prefill import mark_prefill
@@ -57,10 +57,10 @@ def register() -> None:
     AttentionMaskInterface.register(_NAME, santa_mask)
     AttentionInterface.register(PAGED, santa_paged_attention)
     AttentionMaskInterface.register(PAGED, santa_paged_mask)
-    use_in_place_layers()
+    use_santa_layers()
     adopt_at_load()
     mark_prefill()
-    check_given_masks()
+    check_given()
     allow_continuous_batching()
 
 
