@@ -34,7 +34,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .rng import Stream, uniform
 
-__all__ = ["FIXED_TILE", "TILE", "Draws", "decode", "dense", "draw"]
+__all__ = ["FIXED_TILE", "TILE", "Draws", "decode", "dense", "draw", "length_of"]
 
 TILE = 128
 FIXED_TILE = 256
@@ -46,6 +46,11 @@ _BLOCK = 2048
 # rows against 5 ms for all 262144).
 _GATHER_COST = 8
 _BELOW_ONE = 1.0 - 2.0**-53
+
+
+def length_of(states: torch.Tensor, rows: torch.Tensor | None) -> int:
+    """Keys of a row of the batch: those that `rows` (B, N) names, else all of `states` (B, KVH, N, D)."""
+    return int(states.shape[2] if rows is None else rows.shape[1])
 
 
 @dataclass(frozen=True)

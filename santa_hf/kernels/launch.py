@@ -14,7 +14,7 @@ from functools import cache
 import torch
 import triton
 
-from ..reference import FIXED_TILE, TILE
+from ..reference import FIXED_TILE, TILE, length_of
 from ..rng import Stream
 from .common import LOG2E, span_kernel
 from .dense import combine_kernel, dense_kernel
@@ -258,10 +258,11 @@ def _dense(
     softcap: float | None,
     sinks: torch.Tensor | None,
     only: torch.Tensor | None,
+    rows: torch.Tensor | None = None,
 ) -> None:
     """Exact attention for the rows of `out` that `only`, bool (B,), names; None for all."""
     batch, heads, _, dim = query.shape
-    kv_heads, length, value_dim = key.shape[1], key.shape[2], value.shape[-1]
+    kv_heads, length, value_dim = key.shape[1], length_of(key, rows), value.shape[-1]
     block_g = _block_of_group(heads // kv_heads)
     block_d, block_dv = _one_pass_blocks(query, value_dim, block_g)
     tile_bytes = DENSE_TILE * (dim + block_dv) * query.element_size()
@@ -272,9 +273,9 @@ def _dense(
     scale, cap = _exponent_scale(scaling, softcap)
     with on_device(query):
         dense_kernel[(splits * value_blocks, kv_heads, batch)](
-            query, key, value, mask, span, as_bytes(only), partial, top, mass, scale, cap, length,
-            split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
-            value.stride(0), value.stride(1), mask_stride(mask, 0),
+            query, key, value, mask, span, _contiguous(rows), as_bytes(only), partial, top, mass,
+            scale, cap, length, split_tiles, query.stride(0), query.stride(1), key.stride(0),
+            key.stride(1), value.stride(0), value.stride(1), mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
             STRIDE_VN=value.stride(2),
             STRIDE_MN=mask_stride(mask, 1),
@@ -282,6 +283,7 @@ def _dense(
             D=dim,
             DV=value_dim,
             HAS_MASK=mask is not None,
+            HAS_ROWS=rows is not None,
             HAS_ONLY=only is not None,
             HAS_SOFTCAP=softcap is not None,
             TILE=DENSE_TILE,
