@@ -49,7 +49,7 @@ _BELOW_ONE = 1.0 - 2.0**-53
 
 
 def length_of(states: torch.Tensor, rows: torch.Tensor | None) -> int:
-    """Keys of a row of the batch: those that `rows` (B, N) names, else all of `states` (B, KVH, N, D)."""
+    """Keys of a sequence: as many as `rows` (B, N) names, else all of `states` (B, KVH, N, D)."""
     return int(states.shape[2] if rows is None else rows.shape[1])
 
 
