@@ -22,10 +22,11 @@ from transformers import (
 from transformers.generation.continuous_batching import continuous_api
 
 import santa_hf
-from santa_hf.integration import paged
+from santa_hf.integration import attention, paged
 from santa_hf.integration.compat import paged_storage
 from santa_hf.integration.paged import PAGED, santa_paged_attention
 from santa_hf.reference import in_order
+from santa_hf.stats import count_value_rows
 
 NEW_TOKENS = 20
 PROMPTS = [row[0].tolist() for row in tiny.prompts(150, 37, 90, 200, 61)]
@@ -290,6 +291,28 @@ def test_what_is_read_in_the_cache_is_what_would_be_gathered(
     assert rows_seen == {1, 2, 3}
     if DEVICE == "cpu":
         assert out == alone(model, prompts, new_tokens=5)
+
+
+def test_a_fallback_attends_to_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.shared("gemma3", torch.float64)
+    expected = alone(tiny.use(model, "sdpa"))
+    monkeypatch.setattr(attention, "_why_not_sampled", lambda *_: "a test says so")
+    assert together(tiny.use(model, "santa", samples=4)) == expected
+    calls = tiny.LAYERS * (NEW_TOKENS - 1)
+    assert santa_hf.stats(model).total.fallbacks == {"a test says so": calls}
+
+
+def test_value_rows_are_counted_as_alone() -> None:
+    model = tiny.use(tiny.shared("gemma3", torch.float64), "santa", samples=4, min_context=60)
+    seen = []
+    for generate in (alone, together):
+        santa_hf.reset_stats(model)
+        with count_value_rows():
+            generate(model)
+        counters = santa_hf.stats(model).total
+        seen.append((counters.samples, counters.rows_read, counters.rows_visible))
+    assert seen[0] == seen[1]
+    assert seen[0][1] > 0
 
 
 def test_seeds_and_budgets_reach_it() -> None:
