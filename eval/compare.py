@@ -30,6 +30,7 @@ __all__ = [
     "main",
     "remarks",
     "table",
+    "two_runs",
     "unfinished",
 ]
 
@@ -220,6 +221,34 @@ def compare(
             if len(pairs) == len(keys) and len({pair.seeds for pair in pairs}) == 1:
                 rows += _rows(name, arm, pairs, expected.get(name), **options)
     return rows
+
+
+def two_runs(
+    one: tuple[Header, Sequence[Result]], other: tuple[Header, Sequence[Result]], name: str
+) -> tuple[Header, list[Result]]:
+    """The dense arms of two runs, for `compare`: the other's as dense, the one's as an arm.
+
+    Args:
+        one, other: what `load_results` returns; the weights may differ, or the dtype.
+        name: of the arm.
+
+    Returns:
+        A header and results of the tasks that both runs have.
+
+    Raises:
+        CommandError: there is no such task.
+    """
+    theirs = {r.task.key: r for r in other[1] if r.arm.name == "dense"}
+    arm = Arm(name, "dense", None, True)
+    found = []
+    for result in one[1]:
+        if result.arm.name == "dense" and result.task.key in theirs:
+            found += [theirs[result.task.key], dataclasses.replace(result, arm=arm)]
+    if not found:
+        raise CommandError("the two runs have no task in common that dense finished")
+    dense = found[0].arm
+    tasks = [result.task.key for result in found[::2]]
+    return dataclasses.replace(one[0], arms={"dense": dense, name: arm}, tasks=tasks), found
 
 
 def _expected_of_groups(
@@ -522,6 +551,14 @@ def main(prog: str, argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="directory of a run")
     add_options(parser)
+    parser.add_argument(
+        "--with",
+        type=Path,
+        dest="other",
+        metavar="RUN",
+        help="another run on the same documents: this run's dense arm against that one's, instead of "
+        "arms against dense",
+    )
     parser.add_argument("--json", type=Path, help="also write the comparisons here")
     arguments = parser.parse_args(argv)
     check_options(arguments)
@@ -529,8 +566,13 @@ def main(prog: str, argv: Sequence[str]) -> None:
     if not results:
         raise CommandError(f"{arguments.run}: no result is finished")
     options = {"margin": arguments.margin / 100, "confidence": arguments.confidence / 100}
-    rows = compare(header, results, **options)
     said = remarks(header, results, missing)
+    if arguments.other is not None:
+        other = load(arguments.other, arguments.unfinished)
+        said += [f"{arguments.other}: {remark}" for remark in remarks(*other)]
+        header, results = two_runs((header, results), other[:2], "dense of the first")
+        said.append(f"dense: that of {arguments.other}; arm: dense of {arguments.run}.")
+    rows = compare(header, results, **options)
     print(table(rows, **options, remarks=said))
     if arguments.json:
         values = {**options, "missing": missing, "remarks": said, "comparisons": plain(rows)}

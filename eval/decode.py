@@ -113,15 +113,6 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         if self.is_initialized:
             self.keys, self.values = (rows[:, :, :length] for rows in self._rows)
 
-    def row(self, index: int) -> _Layer:
-        """One row of the batch, in the same memory."""
-        layer = _Layer(1, self._capacity)
-        if self.is_initialized:
-            layer._rows = (self._rows[0][index : index + 1], self._rows[1][index : index + 1])
-            layer.lazy_initialization(*layer._rows)
-            layer.rewind(self.get_seq_length())
-        return layer
-
     def _allocate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
@@ -248,18 +239,6 @@ class Prefix:
         else:
             self.filled, cache = snapshot
             self._cache = copy.deepcopy(cache)
-
-    def row(self, index: int) -> Prefix:
-        """One prompt alone, in the same memory, with a position of its own."""
-        part: Prefix = copy.copy(self)
-        part.lengths = self.lengths[index : index + 1]
-        part._mask = None if self._mask is None else self._mask[index : index + 1]
-        if self._shared:
-            part._cache = DynamicCache()
-            part._cache.layers = [layer.row(index) for layer in self._cache.layers]
-        else:
-            part._cache = copy.deepcopy(self._cache)
-        return part
 
     def visible_rows(self, model: PreTrainedModel) -> dict[int, int]:
         """Value rows that the last decode step saw, over prompts and KV heads, by layer: a sliding
@@ -548,27 +527,30 @@ def score(
 
 @torch.inference_mode()
 def count_value_rows(
-    model: PreTrainedModel, prefix: Prefix, window: Sequence[int]
+    model: PreTrainedModel, prefix: Prefix, windows: Sequence[Sequence[int]]
 ) -> tuple[int, int]:
-    """Value rows read and value rows visible at the step of a window's last token, over layers and KV
-    heads. `prefix`, of one prompt, is left as it was.
+    """Value rows read and value rows visible at the step of the windows' last tokens, over prompts,
+    layers and KV heads. `prefix` is left as it was.
 
-    A layer that counts what it reads (santa_hf, the foil) is taken at its word; any other is exact, and
-    reads what it sees.
+    A layer is taken at its word on the rows of the batch that it counts (santa_hf, the foil); any other
+    row is exact, and reads what it sees.
     """
     start = prefix.snapshot()
     step = partial(prefix.step, model)
-    if len(window) > 1:
-        _feed(step, prefix, [window[:-1]])
+    if len(windows[0]) > 1:
+        _feed(step, prefix, [window[:-1] for window in windows])
     santa_hf.reset_stats(model)
     with santa_hf.count_value_rows():
-        _feed(step, prefix, [window[-1:]])
-    rows = {i: (visible, visible) for i, visible in prefix.visible_rows(model).items()}
+        _feed(step, prefix, [window[-1:] for window in windows])
+    visible = prefix.visible_rows(model)
+    unread = 0
     for i, counters in santa_hf.stats(model).layers.items():
-        if counters.rows_visible:
-            rows[i] = (counters.rows_read, counters.rows_visible)
+        # A layer may see more than it caches: another's cache, or latents expanded for every head.
+        visible[i] = max(visible.get(i, 0), counters.rows_visible)
+        unread += counters.rows_visible - counters.rows_read
     prefix.restore(start)
-    return sum(read for read, _ in rows.values()), sum(visible for _, visible in rows.values())
+    total = sum(visible.values())
+    return total - unread, total
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,22 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from . import provenance
 from .arms import DENSE, check_device, use_arm
 from .cli import CommandError
 from .data import VARIABLE, local_data
 from .decode import Prefix, has_plain_cache
 from .models import dense_attention, load
-from .results import Arm, Header, load_header, read_json, write_json, writing
+from .results import (
+    WEIGHTS,
+    Arm,
+    Header,
+    check_weights,
+    load_header,
+    read_json,
+    write_json,
+    writing,
+)
 from .statistics import Estimate, bootstrap
 
 __all__ = ["Fidelity", "Passage", "Summary", "load_fidelity", "main", "measure", "summarise"]
@@ -69,6 +79,8 @@ class Fidelity:
         text: where the text came from.
         context: tokens prefilled before each continuation.
         passages: in order of the text.
+        weights: which answered, as a result's provenance has them: "model_sha256", "adapter_sha256",
+            "model_revision"; empty in older files.
     """
 
     format: int
@@ -78,6 +90,7 @@ class Fidelity:
     text: str
     context: int
     passages: list[Passage]
+    weights: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -233,9 +246,11 @@ def load_fidelity(run: Path, header: Header) -> list[Fidelity]:
     """The fidelity results of a run, arms in its header's order; none if it was not measured.
 
     Raises:
-        CommandError: a file is corrupt or of another run; the message names it.
+        CommandError: a file is corrupt, of another run or of other weights; the message names it.
     """
     found = []
+    # Of weights that neither the run nor an earlier file says, a file's own are the first to be known.
+    known = {name: header.provenance[name] for name in WEIGHTS if name in header.provenance}
     for path in sorted((run / FOLDER).glob("*-seed-*.json")):
         result: Fidelity = read_json(Fidelity, path)
         if result.format != FORMAT:
@@ -244,6 +259,12 @@ def load_fidelity(run: Path, header: Header) -> list[Fidelity]:
             raise CommandError(f"{path}: a result of another configuration")
         if header.arms.get(result.arm.name) != result.arm or path != _path(run, result):
             raise CommandError(f"{path}: arm {result.arm.name!r} is not that of run.json")
+        for name, value in result.weights.items():
+            if known.setdefault(name, value) != value:
+                raise CommandError(
+                    f"{path}: {name} is {value}, elsewhere in the run {known[name]}: the weights "
+                    "changed between them"
+                )
         found.append(result)
     order = list(header.arms)
     return sorted(found, key=lambda result: (order.index(result.arm.name), result.seed))
@@ -354,6 +375,8 @@ def main(prog: str, argv: Sequence[str]) -> None:
         _check_device(arguments.device, [arm for arm, _ in missing])
         with writing(run / FOLDER):
             (run / FOLDER).mkdir(exist_ok=True)
+        weights = next((result.weights for result in done if result.weights), {})
+        header = replace(header, provenance=weights | header.provenance)
         _measure_all(arguments, header, text, source, missing)
     print(table(summarise(load_fidelity(run, header))))
 
@@ -405,7 +428,11 @@ def _measure_all(
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     # One more token is fed than is measured: it predicts the first of those.
     passages = cut(tokens, arguments.context, arguments.tokens + 1, arguments.passages)
+    weights = provenance.weights(header.model)
+    check_weights(arguments.run, header, weights)
     model = _load(header, arguments.device)
+    weights["model_revision"] = getattr(model.config, "_commit_hash", None)
+    check_weights(arguments.run, header, weights)
     dense = dense_attention(model)
     # Layers that keep a window or a state of their own take one passage at a time.
     size = arguments.batch_size if has_plain_cache(model) else 1
@@ -418,7 +445,14 @@ def _measure_all(
                 whole += new
                 if part is parts[-1]:
                     result = Fidelity(
-                        FORMAT, arm, seed, header.config_hash, source, arguments.context, whole
+                        format=FORMAT,
+                        arm=arm,
+                        seed=seed,
+                        config_hash=header.config_hash,
+                        text=source,
+                        context=arguments.context,
+                        passages=whole,
+                        weights=weights,
                     )
                     path = _path(arguments.run, result)
                     with writing(path):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["commit", "cpu_model", "versions"]
+__all__ = ["WEIGHTS", "commit", "cpu_model", "versions", "weights"]
+
+WEIGHTS = ("model_sha256", "adapter_sha256")  # what `weights` gives
 
 
 def cpu_model() -> str:
@@ -44,3 +48,22 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return name.strip() + ("" if clean else "+")
+
+
+def weights(model: Mapping[str, Any]) -> dict[str, str | None]:
+    """Hashes of the weights in the local directories that a run's `model` names."""
+    hashes = (_weights_hash(model["name"]), _weights_hash(model.get("adapter")))
+    return dict(zip(WEIGHTS, hashes, strict=True))
+
+
+def _weights_hash(directory: str | None) -> str | None:
+    """Hash of the weights in a local directory; None for a name on the hub."""
+    if directory is None or not Path(directory).is_dir():
+        return None
+    files = sorted(Path(directory).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest() if files else None

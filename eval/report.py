@@ -29,7 +29,7 @@ from .compare import (
     remarks,
     smallest_p,
 )
-from .fidelity import Summary, decimal, load_fidelity, summarise
+from .fidelity import Fidelity, Summary, decimal, load_fidelity, summarise
 from .results import Arm, Header, Result, write_text, writing
 
 __all__ = ["Evaluation", "html", "main", "markdown", "read"]
@@ -72,7 +72,8 @@ def read(run: Path, *, margin: float, confidence: float, unfinished: bool = Fals
     families = _families(header)
     arms = sorted(header.arms.items(), key=lambda item: _place(item[1], families))
     header = replace(header, arms=dict(arms))
-    fidelity = summarise(load_fidelity(run, header))
+    measured = load_fidelity(run, header)
+    fidelity = summarise(measured)
     if not results and not fidelity:
         raise CommandError(f"{run}: no result is finished")
     comparisons = compare(header, results, margin=margin, confidence=confidence)
@@ -82,10 +83,20 @@ def read(run: Path, *, margin: float, confidence: float, unfinished: bool = Fals
         results=results,
         comparisons=sorted(comparisons, key=lambda row: len(row.tasks) == 1),  # groups first
         fidelity=fidelity,
-        remarks=remarks(header, results, missing),
+        remarks=[*remarks(header, results, missing), *_unknown_weights(measured)],
         margin=margin,
         confidence=confidence,
     )
+
+
+def _unknown_weights(measured: Sequence[Fidelity]) -> list[str]:
+    count = sum(not result.weights for result in measured)
+    if not count:
+        return []
+    return [
+        f"{count} of {len(measured)} results on text are of an older version, which does not say what "
+        "weights answered: whether they are the run's is not known."
+    ]
 
 
 # Tables, as rows of text that HTML and Markdown share

@@ -38,6 +38,7 @@ from typing import Any
 from .cli import CommandError
 
 __all__ = [
+    "WEIGHTS",
     "Arm",
     "Counters",
     "Document",
@@ -45,6 +46,7 @@ __all__ = [
     "Metric",
     "Result",
     "Task",
+    "check_weights",
     "config_hash",
     "expected_tasks",
     "load_header",
@@ -61,7 +63,7 @@ __all__ = [
 
 FORMAT = 1
 # What of a result's provenance says which weights answered.
-_WEIGHTS = ("model_sha256", "adapter_sha256", "model_revision")
+WEIGHTS = ("model_sha256", "adapter_sha256", "model_revision")
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,11 @@ class Counters:
         draws: draws, summed over calls, rows and query heads.
         dense: calls that were exact as configured.
         fallbacks: calls that went dense because they could not be sampled, by reason.
-        value_rows_read, value_rows_visible: distinct value rows read and rows visible, summed over
-            `rows_counted_documents` documents, layers and KV heads, counted at one decode step each
-            (the last prompt token); 0 where nothing was counted. For dense and top-k as for santa.
-        rows_counted_documents: documents over which rows were counted.
+        value_rows_read, value_rows_visible: distinct value rows read and rows visible, summed over the
+            prompts of `rows_counted_documents` documents, layers and KV heads, counted at one decode
+            step each (the last prompt token); 0 where nothing was counted: for one seed alone. For
+            dense and top-k as for santa.
+        rows_counted_documents: documents over which rows were counted; in older files, few.
     """
 
     sampled: int
@@ -350,7 +353,7 @@ def load_results(run: str | os.PathLike[str]) -> tuple[Header, list[Result]]:
         if other.task != result.task or _identity(other) != _identity(result):
             paths = [result_path(run, r.task.key, r.arm.name, r.seed) for r in (result, other)]
             raise CommandError(f"{paths[0]}: its documents are not those of {paths[1]}")
-        for name in _WEIGHTS:
+        for name in WEIGHTS:
             if result.provenance.get(name) != results[0].provenance.get(name):
                 paths = [
                     result_path(run, r.task.key, r.arm.name, r.seed) for r in (result, results[0])
@@ -360,6 +363,21 @@ def load_results(run: str | os.PathLike[str]) -> tuple[Header, list[Result]]:
                     f"{results[0].provenance.get(name)}: the weights changed between them"
                 )
     return header, results
+
+
+def check_weights(run: str | os.PathLike[str], header: Header, weights: Mapping[str, Any]) -> None:
+    """Refuse to add to a run what other weights give than those that gave what is there.
+
+    Raises:
+        CommandError: one of `weights` is not what run.json says; the message names it.
+    """
+    for name, value in weights.items():
+        kept = header.provenance.get(name, value)
+        if kept != value:
+            raise CommandError(
+                f"{Path(run) / 'run.json'}: {name} is {kept} there and {value} here: the weights have "
+                "changed; give another --out"
+            )
 
 
 def write_json(path: Path, values: Any) -> None:

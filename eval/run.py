@@ -4,9 +4,6 @@ Every prompt is prefilled once, densely, and every arm and seed decodes from tha
 written as soon as its last document is answered, and what a batch added to an unfinished one before the
 next begins; started again, a run goes on with what is not there.
 
-Value rows are counted on a random choice of documents, which depends on the task alone: neither their
-lengths nor the number of processes decide which they are.
-
 Started by `accelerate launch`, processes share the documents of every task. The first one alone reads
 and writes the results, so that machines need no common disk; every one keeps what it has of unfinished
 ones.
@@ -16,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
 import json
-import random
 import tempfile
 import time
 from collections import Counter
@@ -71,8 +66,6 @@ _GPU_BATCH = 512
 _RULER_SLACK = 512
 # lm-eval's limit on an answer where a task has none.
 _MAX_NEW_TOKENS = 256
-# What of a run's provenance says which weights answer.
-_WEIGHTS = ("model_sha256", "adapter_sha256")
 
 
 @dataclass(frozen=True)
@@ -83,8 +76,6 @@ class Options:
         device: "cuda", "cpu", ...
         batch_size: documents decoded together at most.
         batch_tokens: cached tokens in a batch at most; one document may exceed it.
-        count_documents: documents of each (task, arm) over which value rows are counted, chosen at
-            random but the same in every run.
         time_limit: seconds after which nothing is begun; the batch that an arm and seed are at is
             finished and kept. None for no limit.
         progress: show a progress bar.
@@ -93,7 +84,6 @@ class Options:
     device: str = "cpu"
     batch_size: int = 16
     batch_tokens: int = 131072
-    count_documents: int = 4
     time_limit: float | None = None
     progress: bool = True
 
@@ -226,13 +216,13 @@ def _run_all(
     started: float,
 ) -> None:
     state = processes()
-    weights = _weights(model)
-    _in_the_first(lambda: _check_weights(header, weights, directory))
+    weights = provenance.weights(model)
+    _in_the_first(lambda: results.check_weights(directory, header, weights))
     _find_kept(works, directory, header, weights)
     lm = _load(model, options)
     described = _model_provenance(lm, weights, state.num_processes)
     revision = {"model_revision": described["model_revision"]}
-    _in_the_first(lambda: _check_weights(header, revision, directory))
+    _in_the_first(lambda: results.check_weights(directory, header, revision))
     header = replace(header, provenance=header.provenance | described)
     _in_the_first(lambda: _save_header(directory, header))
     runners = _in_all(lambda: [_TaskRunner(lm, work, options, header, directory) for work in works])
@@ -360,7 +350,6 @@ class _TaskRunner:
             )
             for doc_id, indices in self.owners
         ]
-        self.counted = _counted_documents(documents, documents.task.key, options.count_documents)
 
     @property
     def prompts(self) -> int:
@@ -412,7 +401,9 @@ class _TaskRunner:
                     use_arm(self.lm.model, arm, seed, self.lm.dense)
                     new = Progress(prefill_seconds=prefill_seconds)
                     if arm.deterministic or seed == self.header.seeds[0]:
-                        self._count_rows(prefix, windows, batch, new)
+                        read, visible = count_value_rows(self.lm.model, prefix, windows)
+                        new.counters.update(rows_read=read, rows_visible=visible)
+                        new.counters["rows_documents"] = sum(0 in self.owners[i][1] for i in batch)
                     self._decode(prefix, windows, batch, new)
                     mine.add(new)
                     if not last or processes().num_processes > 1:
@@ -428,7 +419,7 @@ class _TaskRunner:
 
     def _keep(self, arm: Arm, seed: int, new: Progress) -> None:
         documents = self.work.documents
-        weights = {name: self.header.provenance.get(name) for name in _WEIGHTS}
+        weights = {name: self.header.provenance.get(name) for name in provenance.WEIGHTS}
         of = _belongs(documents, arm, self.header, weights)
         try:
             partial.save(self.directory, documents.task.key, arm.name, seed, of, new)
@@ -464,17 +455,6 @@ class _TaskRunner:
             new.tokens += len(windows[0]) + n - len(values)
             new.n_tokens[doc_id] += n
             new.answers.setdefault(doc_id, {}).update(zip(indices, values, strict=True))
-
-    def _count_rows(
-        self, prefix: Prefix, windows: Sequence[Sequence[int]], batch: list[int], new: Progress
-    ) -> None:
-        """Count the value rows that one decode step reads, in a pass of its own, of those documents of
-        a batch that are counted; of a document with several prompts, on the first."""
-        for row, i in enumerate(batch):
-            doc_id, indices = self.owners[i]
-            if doc_id in self.counted and 0 in indices:
-                read, visible = count_value_rows(self.lm.model, prefix.row(row), windows[row])
-                new.counters.update(rows_read=read, rows_visible=visible, rows_documents=1)
 
     def _gather(self, mine: Progress | None) -> list[Progress] | None:
         """What all processes have of an (arm, seed); None if one of them stops instead, and then all
@@ -532,13 +512,6 @@ class _TaskRunner:
     def _synchronise(self) -> None:
         if self.lm.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def _counted_documents(documents: Documents, key: str, count: int) -> set[int]:
-    """Documents over which value rows are counted: the same ones whatever their lengths and however
-    many processes share them."""
-    chosen = random.Random(key).sample(documents.ids, min(count, len(documents)))
-    return set(chosen)
 
 
 def _is_over(deadline: float | None) -> bool:
@@ -638,17 +611,6 @@ def _differences(where: str, kept: Any, given: Any) -> list[str]:
     else:
         return [f"{where} is {kept!r:.60} there and {given!r:.60} here"]
     return [text for path, one, other in inner for text in _differences(path, one, other)]
-
-
-def _check_weights(header: Header, weights: Mapping[str, Any], directory: Path) -> None:
-    """Refuse to go on with other weights than those that gave the results that are there."""
-    for name, value in weights.items():
-        kept = header.provenance.get(name, value)
-        if kept != value:
-            raise CommandError(
-                f"{directory / 'run.json'}: {name} is {kept} there and {value} here: the weights have "
-                "changed; give another --out"
-            )
 
 
 def _check_documents(
@@ -768,15 +730,6 @@ def _load(model: dict[str, Any], options: Options) -> Any:
     )
 
 
-def _weights(model: dict[str, Any]) -> dict[str, Any]:
-    adapter = model.get("adapter")
-    hashes = (
-        _weights_hash(Path(model["name"])),
-        _weights_hash(Path(adapter)) if adapter else None,
-    )
-    return dict(zip(_WEIGHTS, hashes, strict=True))
-
-
 def _model_provenance(lm: Any, weights: Mapping[str, Any], count: int) -> dict[str, Any]:
     cuda = lm.device.type == "cuda"
     return {
@@ -791,17 +744,6 @@ def _model_provenance(lm: Any, weights: Mapping[str, Any], count: int) -> dict[s
         **weights,
         "date": _now(),
     }
-
-
-def _weights_hash(directory: Path) -> str | None:
-    """Hash of the weights in a local directory; None for a name on the hub."""
-    files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest() if files else None
 
 
 def _now() -> str:

@@ -88,11 +88,15 @@ class Source:
         """Token ids of `text`, without special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def word(self) -> str:
-        """A word, or something that looks like one: one to three tokens, none of RULER's."""
+    def word(self, suffixed: float = 0.35) -> str:
+        """A word, or something that looks like one: one to three tokens, none of RULER's.
+
+        Args:
+            suffixed: share of words with a second piece. By default as many tokens as RULER's words.
+        """
         while True:
             word = self.random.choice(self._words)
-            if self.random.random() < 0.5:
+            if self.random.random() < suffixed:
                 word += self.random.choice(self._suffixes)
             if word not in self._taken:
                 return word
@@ -184,10 +188,14 @@ def _fill(source: Source, room: int, unit: Callable[[], str]) -> list[str]:
 
 def _scatter(source: Source, units: list[str], pieces: Sequence[str]) -> list[str]:
     """`units` with `pieces` put between them at random, in their order."""
-    places = sorted(source.random.randrange(len(units) + 1) for _ in pieces)
+    return _insert(units, pieces, [source.random.randrange(len(units) + 1) for _ in pieces])
+
+
+def _insert(units: list[str], pieces: Sequence[str], places: Sequence[int]) -> list[str]:
+    """`units` with `pieces`, in their order, before the units at `places`."""
     mixed: list[str] = []
     start = 0
-    for place, piece in zip(places, pieces, strict=True):
+    for place, piece in zip(sorted(places), pieces, strict=True):
         mixed += [*units[start:place], piece]
         start = place
     return mixed + units[start:]
@@ -196,57 +204,118 @@ def _scatter(source: Source, units: list[str], pieces: Sequence[str]) -> list[st
 # The four kinds of context. Each takes about `room` tokens, its questions included.
 
 
+class _Variant(NamedTuple):
+    """One of RULER's needle tasks, in the terms of lm-eval's generator."""
+
+    haystack: str
+    keys: int = 1  # beside those of a haystack of needles
+    values: int = 1  # of a key
+    queries: int = 1  # keys in a question
+    uuid_keys: bool = False
+    uuid_values: bool = False
+
+
+# Parts of the mixture: those that take longest to learn have most, the one with 34 tokens a key least.
+_VARIANTS = {
+    _Variant("repeat"): 2,  # single_1
+    _Variant("essay"): 2,  # single_2
+    _Variant("essay", uuid_values=True): 3,  # single_3
+    _Variant("essay", keys=4): 2,  # multikey_1
+    _Variant("needle"): 3,  # multikey_2
+    _Variant("needle", uuid_keys=True, uuid_values=True): 1,  # multikey_3
+    _Variant("essay", values=4): 3,  # multivalue
+    _Variant("essay", keys=4, queries=4): 3,  # multiquery
+}
+_RULERS_OWN = 0.125  # share of contexts with no more needles and questions than RULER's
+_MOST_NEEDLES = 40  # hidden in a context: an essay has 40 depths
+
+
 def _needles(source: Source, room: int) -> tuple[str, list[_Question]]:
     """Facts hidden in a repeated sentence, in prose, or among other such facts."""
     rng = source.random
     ruler = _ruler()["prepare_niah"]
-    haystack = rng.choice(("repeat", "essay", "essay", "needle", "needle"))
-    uuids = rng.random() < (0.5 if haystack == "needle" else 0.3)
-    plural = "uuids" if uuids else "numbers"
-    # RULER's variants with several values, or several keys in one question, are in prose.
-    values_per_key, keys_per_question = (
-        rng.choice(((1, 1), (4, 1), (1, 4))) if haystack == "essay" else (1, 1)
-    )
-    asked = values_per_key * keys_per_question
+    (variant,) = rng.choices([*_VARIANTS], [*_VARIANTS.values()])
+    asked = variant.values * variant.queries
+    plural = "uuids" if variant.uuid_values else "numbers"
+
+    def identifier() -> str:
+        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
     def value() -> str:
-        if uuids:
-            return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-        return str(rng.randrange(1_000_000, 10_000_000))
-
-    def key() -> str:
-        return value() if uuids and haystack == "needle" else f"{source.word()}-{source.word()}"
+        return identifier() if variant.uuid_values else str(rng.randrange(1_000_000, 10_000_000))
 
     def needle(key: str, value: str) -> str:
         return str(ruler.NEEDLE.format(type_needle_v=plural, key=key, value=value))
 
-    cost = 40 + asked * (90 if uuids else 40)  # tokens of a needle and its question, about
-    questions = max(1, min(_QUESTIONS // asked, room // 2 // cost))
-    keys = source.distinct(questions * keys_per_question, key)
-    facts = [(name, value()) for name in keys for _ in range(values_per_key)]
+    # Tokens of a question, its answer and its needles, about.
+    cost = 50 + asked * (90 if variant.uuid_values else 50) + 100 * variant.uuid_keys
+    questions = min(_QUESTIONS, _MOST_NEEDLES // asked, room // 2 // cost)
+    if questions < 1 or rng.random() < _RULERS_OWN:
+        questions = 1
+    count = max(variant.keys, questions * variant.queries)
+    among = room // 20 if variant.haystack == "needle" else 0  # other needles, more than fit
+    keys = iter(identifier, "") if variant.uuid_keys else _keys(source, count + among)
+    names = list(itertools.islice(keys, count))
+    # Values are asked for in the order of the context, keys in the question's.
+    facts = [(name, value()) for name in names for _ in range(variant.values)]
     rng.shuffle(facts)
-    sentences = _sentences(source)
-    units = {
-        "repeat": lambda: str(ruler.get_haystack("repeat")),
-        "essay": lambda: next(sentences),
-        "needle": lambda: needle(key(), value()),
-    }[haystack]
-    hay = _fill(source, room - questions * cost - 60, units)
-    texts = _scatter(source, hay, [needle(*fact) for fact in facts])
+    rng.shuffle(names)
     before, after = _needle_wording(plural, asked)
-    rng.shuffle(keys)
     asks = []
     for i in range(questions):
-        names = keys[i * keys_per_question : (i + 1) * keys_per_question]
-        answer = [number for name in names for owner, number in facts if owner == name]
+        query = names[i * variant.queries : (i + 1) * variant.queries]
+        answer = [number for name in query for owner, number in facts if owner == name]
         asks.append(
             _Question(
-                after.format(query=_listed(names)),
+                after.format(query=_listed(query)),
                 [f" {number}" for number in answer],
                 lead=lambda i: "," if i else "",
             )
         )
-    return before + (" " if haystack == "essay" else "\n").join(texts), asks
+    needles = [needle(*fact) for fact in facts]
+    texts = [before, *needles, *(ask.text + ask.answer() for ask in asks)]
+    room -= sum(len(source.tokens(text)) + 1 for text in texts)
+    if variant.haystack == "essay":
+        sentences = _sentences(source)
+        hay = _fill(source, room, lambda: next(sentences))
+        return before + _essay(hay, needles, rng.sample(ruler.DEPTHS, len(needles))), asks
+    noise = str(ruler.get_haystack("repeat"))
+    repeated = variant.haystack == "repeat"
+    hay = _fill(source, room, lambda: noise if repeated else needle(next(keys), value()))
+    return before + "\n".join(_scatter(source, hay, needles)), asks
+
+
+def _keys(source: Source, count: int) -> Iterator[str]:
+    """Different keys of two words, at least `count`, many of which share one of their words.
+
+    RULER's are made of 912 adjectives and 6,782 nouns: of the 1,375 needles of 32k tokens four in five
+    have a word that another has, and only both words tell them apart. Here the pools have 16 to 8,192
+    words, so that anything from a third to all of as many keys share one.
+    """
+    rng = source.random
+    first, second = (round(2 ** rng.uniform(4, 13)) for _ in range(2))
+    second = max(second, 2 * count // first + 1)
+
+    def noun() -> str:  # one in 66 of RULER's has a hyphen
+        word = source.word(0)
+        return f"{word}-{source.word(0)}" if rng.random() < 0.015 else word
+
+    # As many tokens as RULER's adjectives, and as its nouns after a hyphen.
+    firsts = source.distinct(first, lambda: source.word(0.4))
+    seconds = source.distinct(second, noun)
+    drawn: set[str] = set()
+    while True:
+        key = f"{rng.choice(firsts)}-{rng.choice(seconds)}"
+        if key not in drawn:
+            drawn.add(key)
+            yield key
+
+
+def _essay(sentences: list[str], needles: Sequence[str], depths: Sequence[int]) -> str:
+    """Prose with needles at depths in percent, joined as RULER does: a space at an end with a needle."""
+    texts = _insert(sentences, needles, [len(sentences) * depth // 100 for depth in depths])
+    start, end = ("" if depth in depths else None for depth in (0, 100))
+    return " ".join(text for text in (start, *texts, end) if text is not None)
 
 
 def _needle_wording(plural: str, values: int) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -55,7 +56,7 @@ def test_sequences_fit_and_targets_are_what_comes_next(
 ) -> None:
     for _ in range(3):
         example = draw(source, task, length)
-        assert length / 3 < len(example.token_ids) <= length
+        assert length / 4 < len(example.token_ids) <= length
         for target in example.targets:
             assert example.token_ids[target.position + 1] in target.tokens
         # A prompt is tokenised as one text, as in an evaluation.
@@ -67,8 +68,9 @@ def test_sequences_fit_and_targets_are_what_comes_next(
 @pytest.mark.model
 def test_needles_are_answered_truthfully(source: Source, tokenizer: Any) -> None:
     kinds = set()
-    for _ in range(30):
+    for _ in range(60):
         context, pairs = split(tokenizer, draw(source, "needles", 2048))
+        keys = re.findall(r"magic \w+ for (\S+) is:", context)
         for question, answer in pairs:
             names = re.split(r", and |, ", question.rsplit(" for ", 1)[1].split(" mentioned")[0])
             facts = {
@@ -76,8 +78,86 @@ def test_needles_are_answered_truthfully(source: Source, tokenizer: Any) -> None
                 for name in names
             }
             assert answer.strip().split(", ") == [value for name in names for value in facts[name]]
-            kinds.add((len(names), len(facts[names[0]]), "-4" in answer or len(answer) > 30))
-    assert {(1, 1), (4, 1), (1, 4)} <= {kind[:2] for kind in kinds}
+            # Of no key but those that are to have several, there are two needles.
+            assert max(Counter(keys).values()) == len(facts[names[0]])
+            kinds.add((len(names), len(facts[names[0]]), "-" in answer))
+    assert kinds == {(1, 1, False), (1, 1, True), (1, 4, False), (4, 1, False)}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("variant", synthetic._VARIANTS)
+def test_some_needles_are_as_few_as_rulers(
+    source: Source, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, variant: Any
+) -> None:
+    monkeypatch.setattr(synthetic, "_VARIANTS", {variant: 1})
+    for alone in (0, 1):
+        monkeypatch.setattr(synthetic, "_RULERS_OWN", alone)
+        context, pairs = split(tokenizer, draw(source, "needles", 4096))
+        needles = len(re.findall("One of the special", context))
+        hidden = variant.keys * variant.values
+        if alone:
+            assert len(pairs) == 1
+            assert needles > 20 if variant.haystack == "needle" else needles == hidden
+        else:
+            assert len(pairs) > 4
+            assert needles > hidden
+
+
+@pytest.mark.model
+def test_keys_share_words_rarely_or_often_and_differ(source: Source) -> None:
+    from lm_eval.tasks.ruler import cwe_utils
+
+    theirs = {word.lower() for word in cwe_utils.WORDS}
+    count, shared = 1375, []
+    for _ in range(60):
+        keys = list(itertools.islice(synthetic._keys(source, count), count))
+        assert len(set(keys)) == count
+        words = [key.split("-", 1) for key in keys]
+        assert not theirs & {part for key in keys for part in key.split("-")}
+        uses = [Counter(pair[i] for pair in words) for i in (0, 1)]
+        several = sum(uses[0][one] > 1 or uses[1][two] > 1 for one, two in words)
+        shared.append(several / count)
+    # RULER's own share is 0.8.
+    assert min(shared) < 0.8
+    assert max(shared) == 1
+    assert 0.85 < sum(shared) / len(shared) < 1
+
+
+@pytest.mark.model
+def test_keys_have_as_many_tokens_as_rulers(source: Source, tokenizer: Any) -> None:
+    from lm_eval.tasks.ruler import prepare_niah
+
+    def tokens(keys: list[str]) -> float:
+        return sum(map(len, tokenizer([f" {key}" for key in keys]).input_ids)) / len(keys)
+
+    ours = [next(synthetic._keys(source, 1)) for _ in range(1000)]
+    assert tokens(ours) == pytest.approx(tokens(prepare_niah.WORDS[::5000]), rel=0.1)
+
+
+@pytest.mark.model  # of the fixture that imports RULER's modules without their download
+def test_essays_are_joined_as_rulers(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks.ruler import prepare_niah
+
+    depths = [0, 50, 80, 100]
+    monkeypatch.setattr(prepare_niah, "DEPTHS", depths)
+    monkeypatch.setattr(
+        prepare_niah, "cached_sent_tokenize", lambda text: adapter.sentences([text])
+    )
+    hay = PROSE * 7
+    words = " ".join(hay).split()
+    theirs, _, _ = prepare_niah.generate_input_output(
+        len(words),
+        words,
+        type_haystack="essay",
+        num_needle_k=4,
+        type_needle_k="words",
+        num_needle_v=1,
+        type_needle_v="numbers",
+        template="{context}",
+    )
+    needles = re.findall(r"One of [^.]*\.", theirs)
+    assert len(needles) == 4
+    assert synthetic._essay(hay, needles, depths) == theirs
 
 
 @pytest.mark.model
@@ -123,9 +203,9 @@ def test_frequent_words_are_the_most_frequent(source: Source, tokenizer: Any) ->
     assert answer.split() == ranked[1:]
 
 
-def lm_evals_prompts(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """One short prompt of each kind, as lm-eval joins its parts."""
-    from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, vt_utils
+def lm_evals_prompts(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """A task of `TASKS` and a short prompt, as lm-eval joins its parts, of each kind."""
+    from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, prepare_niah, vt_utils
 
     for module, name in (
         (niah_utils, "generate_samples"),
@@ -139,17 +219,30 @@ def lm_evals_prompts(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str
             return whole(*args, **(options | {"num_samples": 1}))
 
         monkeypatch.setattr(module, name, one)
-    made = {
-        "needles": niah_utils.niah_single_1,
-        "variables": vt_utils.get_vt_dataset,
-        "common_words": cwe_utils.get_cw_dataset,
-        "frequent_words": fwe_utils.fwe_download,
+    haystacks = {
+        "essay": (" ".join(PROSE * 100)).split(),
+        "repeat": prepare_niah.get_haystack("repeat"),
+        "needle": prepare_niah.get_haystack("needle"),
     }
-    prompts = {}
-    for task, make in made.items():
+    monkeypatch.setattr(niah_utils, "get_haystack", lambda type_haystack: haystacks[type_haystack])
+    monkeypatch.setattr(
+        prepare_niah, "cached_sent_tokenize", lambda text: adapter.sentences([text])
+    )
+    made = [
+        ("needles", niah_utils.niah_single_1),
+        ("needles", niah_utils.niah_single_3),
+        ("needles", niah_utils.niah_multikey_3),
+        ("needles", niah_utils.niah_multivalue),
+        ("needles", niah_utils.niah_multiquery),
+        ("variables", vt_utils.get_vt_dataset),
+        ("common_words", cwe_utils.get_cw_dataset),
+        ("frequent_words", fwe_utils.fwe_download),
+    ]
+    prompts = []
+    for task, make in made:
         (document,) = make(tokenizer=str(smollm2), max_seq_lengths=[1024])["test"]
         between = "\n\n" if task == "common_words" else " "
-        prompts[task] = f"{document['input']}{between}{document['gen_prefix']}"
+        prompts.append((task, f"{document['input']}{between}{document['gen_prefix']}"))
     return prompts
 
 
@@ -157,15 +250,19 @@ def lm_evals_prompts(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str
 def test_wording_is_that_of_lm_evals_prompts(
     smollm2: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked(prompt: str) -> str:
-        """The last line, without what differs by design: words, numbers, names."""
-        last = prompt[prompt.rfind("\n") + 1 :]
-        return re.sub(r"\d{5,}|(?<=for )\S+(?= mentioned)", "#", last)
+    def worded(prompt: str) -> tuple[str, str]:
+        """The first and last line, without what differs by design: words, numbers, names."""
+        first, last = prompt.split("\n")[0], prompt[prompt.rfind("\n") + 1 :]
+        if "magic" not in first:  # the context may begin on the first line
+            first = first[:60]
+        return first, re.sub(r"\d{5,}|\w+-[\w-]+", "#", last)
 
     source = Source(tokenizer, PROSE, seed=2)
-    for task, prompt in lm_evals_prompts(smollm2, monkeypatch).items():
-        drawn = [split(tokenizer, draw(source, task, 1024))[1][-1][0] for _ in range(40)]
-        assert asked(prompt) in set(map(asked, drawn)), task
+    drawn: dict[str, set[tuple[str, str]]] = {}
+    for task in TASKS:
+        drawn[task] = {worded(split(tokenizer, draw(source, task, 1024))[0]) for _ in range(60)}
+    for task, prompt in lm_evals_prompts(smollm2, monkeypatch):
+        assert worded(prompt) in drawn[task], task
 
 
 @pytest.mark.model

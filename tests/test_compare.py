@@ -257,6 +257,65 @@ def test_the_command_prints_and_writes(
     assert len(written["comparisons"][0]["mcnemar"]) == 3
 
 
+def test_dense_of_two_runs_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("niah_single_1", "ruler_vt", "ruler_cwe")
+    better, worse = (
+        runs.finished(
+            [
+                (runs.task(name, group="ruler"), runs.flipped(100, accuracy, LOSSES, seed=i))
+                for i, name in enumerate(names[first:])
+            ],
+            [S8],
+        )
+        for first, accuracy in ((0, 0.9), (1, 0.6))
+    )
+    header, found = comparing.two_runs(better, worse, "better")
+    rows = compare(header, found)
+    assert [row.title for row in rows] == [
+        "ruler_vt-32768",
+        "ruler_cwe-32768",
+        "ruler-32768 (2 of 2 tasks)",
+    ]
+    for row in rows[:2]:
+        mine, theirs = (
+            np.array([d.scores[runs.METRIC] for d in r.documents])
+            for results in (better[1], worse[1])
+            for r in results
+            if (r.task.key, r.arm.name) == (row.task, "dense")
+        )
+        assert (row.arm, row.seeds) == ("better", [0])
+        assert (row.score, row.dense) == pytest.approx((mine.mean(), theirs.mean()))
+        assert row.difference.value == pytest.approx((mine - theirs).mean())
+        assert row.mcnemar is not None
+        assert row.mcnemar[0].gained == ((mine == 1) & (theirs == 0)).sum()
+
+    # The command, on weights that differ between the runs.
+    other = [
+        changed(result, provenance=runs.PROVENANCE | {"adapter_sha256": "ff"})
+        for result in worse[1]
+    ]
+    paths = [
+        str(runs.save(tmp_path / "mine", *better)),
+        str(runs.save(tmp_path / "other", worse[0], other)),
+    ]
+    main("compare", [paths[0], "--with", paths[1]])
+    printed = capsys.readouterr().out
+    assert f"dense: that of {paths[1]}; arm: dense of {paths[0]}." in printed
+    assert "ruler-32768 (2 of 2 tasks)" in printed
+    assert "santa-8" not in printed
+    documents = [dataclasses.replace(d, doc_hash="another") for d in other[0].documents]
+    results.save_result(tmp_path / "other", changed(other[0], documents=documents))
+    for path in (tmp_path / "other").glob("ruler_vt-32768/santa-8/*.json"):
+        path.unlink()
+    with pytest.raises(
+        CommandError, match=r"ruler_vt-32768/dense of the first.*not those of dense"
+    ):
+        main("compare", [paths[0], "--with", paths[1], "--unfinished"])
+    alone = runs.finished([(runs.task("gsm8k"), runs.flipped(9, 0.5, LOSSES))], [])
+    with pytest.raises(CommandError, match="no task in common"):
+        comparing.two_runs(better, alone, "better")
+
+
 def test_an_unfinished_run_is_an_error_unless_allowed(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

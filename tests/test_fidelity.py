@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from eval import fidelity
+from eval import fidelity, provenance, results
 from eval.arms import DENSE, use_arm
 from eval.cli import CommandError
 from eval.fidelity import Fidelity, Passage, cut, load_fidelity, main, measure, summarise
@@ -165,11 +165,32 @@ def test_files_are_checked_against_the_run(tmp_path: Path) -> None:
         ({"config_hash": "other"}, "another configuration"),
         ({"format": 9}, "format 9"),
         ({"extra": 1}, "'extra' is not a field"),
+        ({"weights": {"model_sha256": "ff"}}, "model_sha256 is ff, elsewhere in the run 00"),
     ]:
         path.write_text(json.dumps(good | change))
         with pytest.raises(CommandError, match=message) as raised:
             load_fidelity(tmp_path, header)
         assert "santa-8-seed-1.json" in str(raised.value)
+
+
+def test_weights_that_the_run_does_not_say_are_those_of_the_first_file(tmp_path: Path) -> None:
+    header = dataclasses.replace(runs.header([S8]), provenance={})
+    for result, sha256 in ((made(DENSE, 0, 0.0), "aa"), (made(S8, 0, 0.1), "aa")):
+        result = dataclasses.replace(result, weights={"adapter_sha256": sha256})
+        write_json(fidelity._path(tmp_path, result), dataclasses.asdict(result))
+    older = dataclasses.asdict(made(S8, 1, 0.1))
+    del older["weights"]
+    write_json(tmp_path / "fidelity/santa-8-seed-1.json", older)
+    assert [r.weights.get("adapter_sha256") for r in load_fidelity(tmp_path, header)] == [
+        "aa",
+        "aa",
+        None,
+    ]
+    write_json(
+        tmp_path / "fidelity/santa-8-seed-1.json", older | {"weights": {"adapter_sha256": "bb"}}
+    )
+    with pytest.raises(CommandError, match=r"seed-1\.json: adapter_sha256 is bb, .* run aa"):
+        load_fidelity(tmp_path, header)
 
 
 @pytest.mark.model
@@ -179,13 +200,12 @@ def test_the_command_measures_the_arms_of_a_run(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from eval import results
-
     run = tmp_path / "run"
     model = {"name": str(smollm2), "revision": None, "adapter": None, "dtype": "float32"}
     header = dataclasses.replace(
         runs.header([S8], seeds=[0, 1]),
         model=model,
+        provenance=provenance.weights(model),
         config_hash=results.config_hash(model, runs.SETTINGS),
     )
     results.save_header(run, header)
@@ -216,6 +236,7 @@ def test_the_command_measures_the_arms_of_a_run(
     assert "dense: perplexity" in printed
     found = load_fidelity(run, header)
     assert [(r.arm.name, r.seed) for r in found] == [("dense", 0), ("santa-8", 0), ("santa-8", 1)]
+    assert all(r.weights == header.provenance | {"model_revision": None} for r in found)
     assert [len(passage.kl) for passage in found[1].passages] == [6, 6]
     assert max(found[0].passages[0].kl) < 1e-6 < min(found[1].passages[0].kl)
     # Nothing is left to do, and the files are refused for another text.
@@ -228,12 +249,11 @@ def test_the_command_measures_the_arms_of_a_run(
 
 def run_of(directory: Path, model: Path, arms: list[Any]) -> Path:
     """A directory with a run.json of a model, and a text for it."""
-    from eval import results
-
     named = {"name": str(model), "revision": None, "adapter": None, "dtype": "float32"}
     header = dataclasses.replace(
         runs.header(arms, seeds=[0]),
         model=named,
+        provenance={},
         config_hash=results.config_hash(named, runs.SETTINGS),
     )
     results.save_header(directory / "run", header)
@@ -267,6 +287,23 @@ def test_a_model_with_sliding_windows_is_measured_at_the_default_batch_size(
     assert "santa-8" in capsys.readouterr().out
     found = load_fidelity(run, load_header(run))
     assert [len(result.passages) for result in found] == [8, 8]
+
+
+def test_weights_that_changed_are_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.build("llama", torch.float32).save_pretrained(tmp_path / "model")
+    run = run_of(tmp_path, tmp_path / "model", [])
+    monkeypatch.setattr(fidelity, "AutoTokenizer", _Letters)
+    command(run)
+    results.save_header(run, dataclasses.replace(load_header(run), arms=runs.header([S8]).arms))
+    before = provenance.weights(load_header(run).model)
+    tiny.build("llama", torch.float64).save_pretrained(tmp_path / "model")
+    assert provenance.weights(load_header(run).model) != before
+    with pytest.raises(
+        CommandError, match=r"run\.json: model_sha256 is .* the weights have changed"
+    ):
+        command(run)
 
 
 def test_what_cannot_run_is_named_before_a_model_is_loaded(
@@ -347,8 +384,6 @@ def test_divergences_are_written_in_plain_decimals(value: float, text: str) -> N
 def test_bad_arguments_are_named_before_a_model_is_loaded(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
-    from eval import results
-
     results.save_header(tmp_path, runs.header([S8]))
     with pytest.raises(CommandError, match=message):
         main("fidelity", [str(tmp_path), *arguments])

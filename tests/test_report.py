@@ -55,7 +55,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(2)
         ]
         for seed in [0] if arm.deterministic else header.seeds:
-            one = fidelity.Fidelity(1, arm, seed, header.config_hash, "text", 32768, passages)
+            weights = {"model_sha256": "00"}
+            one = fidelity.Fidelity(
+                1, arm, seed, header.config_hash, "text", 32768, passages, weights
+            )
             write_json(fidelity._path(directory, one), dataclasses.asdict(one))
     return directory
 
@@ -346,7 +349,12 @@ def test_fidelity_alone_makes_a_report(run: Path, tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert len(re.findall("<figure>", page)) == 2
     assert "Scores" not in page
+    assert "older version" not in page
     assert "| top-32 |" in (tmp_path / "report.md").read_text()
+    path = tmp_path / "fidelity/dense-seed-0.json"
+    write_json(path, json.loads(path.read_text()) | {"weights": {}})
+    said = "1 of 11 results on text are of an older version, which does not say what weights"
+    assert said in " ".join(report.read(tmp_path, margin=0.02, confidence=0.95).remarks)
 
 
 def test_command_writes_both_files_and_says_what_is_missing(

@@ -365,8 +365,7 @@ def test_the_foil_keeps_the_largest_scores() -> None:
         if arm.method == "top-k":
             k = (arm.config or {})["k"]
             use_arm(model, arm, 0, "sdpa")
-            each = [count_value_rows(model, prefix.row(i), windows[i]) for i in range(2)]
-            read, visible = map(sum, zip(*each, strict=True))
+            read, visible = count_value_rows(model, prefix, windows)
             assert visible == (60 + 45) * tiny.LAYERS * tiny.KV_HEADS
             # Two query heads share a KV head, and at most double its rows.
             one = 2 * tiny.LAYERS * tiny.KV_HEADS * k
@@ -397,7 +396,7 @@ def test_rows_beyond_a_sliding_window_are_neither_visible_nor_read(family: str) 
 
     def count(arm: Arm) -> tuple[int, int]:
         use_arm(model, arm, 0, tiny.baseline(family))
-        return count_value_rows(model, prefix.row(0), row[-2:])
+        return count_value_rows(model, prefix, [row[-2:]])
 
     assert count(DENSE) == (expected, expected)
     # The first layer is exact by its configuration.
@@ -412,6 +411,33 @@ def test_rows_beyond_a_sliding_window_are_neither_visible_nor_read(family: str) 
         read, visible = count(Arm("t", "top-k", {"k": 3}, True))
         assert visible == expected
         assert read <= 3 * tiny.HEADS * tiny.LAYERS
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        Arm("s", "santa", {"samples": 4}, False),
+        Arm("s", "santa", {"samples": 4, "min_context": 50}, False),
+        Arm("t", "top-k", {"k": 3}, True),
+    ],
+    ids=["santa", "santa-min-context", "top-k"],
+)
+def test_rows_of_a_batch_are_those_of_its_prompts(arm: Arm) -> None:
+    model = tiny.build("llama", torch.float64)
+    rows = [row[0].tolist() for row in tiny.prompts(60, 45, 70)]
+
+    def count(rows: list[list[int]]) -> tuple[int, int]:
+        use_arm(model, DENSE, 0, "sdpa")
+        prefix = Prefix(model, [row[:-2] for row in rows], 3)
+        use_arm(model, arm, 0, "sdpa")
+        return count_value_rows(model, prefix, [row[-2:] for row in rows])
+
+    read, visible = count(rows)
+    assert (read, visible) == tuple(map(sum, zip(*(count([row]) for row in rows), strict=True)))
+    assert visible == (60 + 45 + 70) * tiny.LAYERS * tiny.KV_HEADS
+    assert 0 < read < visible
+    if "min_context" in (arm.config or {}):  # the row of 45 tokens is exact
+        assert read >= 45 * tiny.LAYERS * tiny.KV_HEADS
 
 
 @pytest.mark.parametrize(
@@ -472,7 +498,7 @@ def test_results_say_what_ran(whole: tuple[Path, Path], capsys: pytest.CaptureFi
         else:
             assert 0.5 < share < 0.6 if arm == "per-layer" else 0 < share < 0.2
         if seed == 0:
-            assert counters.rows_counted_documents == min(4, len(result.documents))
+            assert counters.rows_counted_documents == len(result.documents)
         assert result.seconds > 0
         assert result.provenance["versions"]["lm-eval"]
     # One prompt token and the answer, or one step for the choices, goes through decode steps.
@@ -758,10 +784,10 @@ def a_runner(
     return run._TaskRunner(lm, work, run.Options(**{"batch_size": 2, **options}), header, out)
 
 
-def test_the_bar_the_clock_and_the_choice_of_documents(
+def test_the_bar_the_clock_and_the_counted_documents(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = a_runner(model_dir, tmp_path, count_documents=2)
+    runner = a_runner(model_dir, tmp_path)
     respond, prefill = SantaLM.respond, SantaLM.prefill
 
     def slowly(self: SantaLM, *arguments: Any) -> list[Any]:
@@ -779,16 +805,12 @@ def test_the_bar_the_clock_and_the_choice_of_documents(
     for result in found:  # three batches
         assert 0.3 <= result.seconds < 0.3 + 1
         assert 0.09 <= result.prefill_seconds < 0.09 + 1
-    assert [r.counters.rows_counted_documents for r in found] == [2, 2, 0]
-    # By the task's name alone, neither the longest nor the first of every task.
-    assert runner.counted == a_choice("t")
-    assert len({tuple(sorted(a_choice(name))) for name in "tuvwxyz"}) > 2
-
-
-def a_choice(key: str) -> set[int]:
-    documents = MagicMock(ids=list(range(5)))
-    documents.__len__ = lambda self: 5
-    return run._counted_documents(documents, key, 2)
+    # All of them, for dense and the first seed.
+    assert [r.counters.rows_counted_documents for r in found] == [5, 5, 0]
+    cached = runner.lm.model.config
+    prompts = sum(len(request.tokens) for request in runner.requests)
+    visible = prompts * cached.num_hidden_layers * cached.num_key_value_heads
+    assert [r.counters.value_rows_visible for r in found] == [visible, visible, 0]
 
 
 def test_a_prompt_that_the_model_class_finds_too_long_is_named(
@@ -995,7 +1017,7 @@ def test_other_documents_or_weights_are_not_added_to_a_run(
     suite, finished = whole
     out = shutil.copytree(finished, tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(run, "_weights", lambda model: {"model_sha256": "ab"})
+        patched.setattr(provenance, "weights", lambda model: {"model_sha256": "ab"})
         with pytest.raises(CommandError, match=r"model_sha256 is .* there and ab here"):
             run_suite(model_dir, suite, out, "--seeds", "2")
     other = shutil.copytree(data_dir, tmp_path / "data")

@@ -432,7 +432,7 @@ def _dense(
             num_stages=BUFFERS + 1,
             **launch.dependent(query.device),
         )  # fmt: skip
-    launch.combine(partial, top, mass, out, splits, None, only)
+    launch.combine(partial, top, mass, out, splits, most, None, only)
 
 
 @cache

@@ -42,8 +42,8 @@ FLASH_GROUP = 16  # query heads of a program at most
 DENSE_TILE = 128
 DENSE_STAGES = 2
 DENSE_WARPS = 8
-COMBINE_SPLITS, COMBINE_COLUMNS = 128, 32
-COMBINE_WARPS = 4
+COMBINE_SPLITS, COMBINE_COLUMNS = 128, 32  # splits at a time at most, columns of V at least
+COMBINE_SIZE, COMBINE_WARPS = 512, 1  # sums of a program
 
 
 def why_not(
@@ -281,8 +281,9 @@ def _dense(
     block_d, block_dv = _one_pass_blocks(query, value_dim, block_g)
     tile_bytes = DENSE_TILE * (dim + block_dv) * query.element_size()
     value_blocks = ceil_div(value_dim, block_dv)
-    split_tiles = _split_tiles(length, DENSE_TILE, kv_heads * value_blocks, query.device)
-    splits = ceil_div(ceil_div(length, DENSE_TILE), split_tiles)
+    tiles, most = ceil_div(length, DENSE_TILE), _most_splits(kv_heads * value_blocks, query.device)
+    split_tiles = ceil_div(tiles, most)
+    splits = ceil_div(tiles, split_tiles)
     partial, top, mass = partials(out, splits)
     scale, cap = _exponent_scale(scaling, softcap)
     with on_device(query):
@@ -312,7 +313,7 @@ def _dense(
             num_stages=_stages(DENSE_STAGES, tile_bytes, query.device),
             **dependent(query.device),
         )  # fmt: skip
-    combine(partial, top, mass, out, splits, sinks, only)
+    combine(partial, top, mass, out, splits, most, sinks, only)
 
 
 def _flash(
@@ -342,10 +343,10 @@ def _flash(
     block_g = min(_block_of_group(group), FLASH_GROUP)
     block_d, block_dv = _one_pass_blocks(query, value_dim, block_g)
     value_blocks, group_blocks = ceil_div(value_dim, block_dv), ceil_div(group, block_g)
-    split_tiles = _split_tiles(
-        length, FIXED_TILE, kv_heads * value_blocks * group_blocks, query.device
-    )
-    splits = ceil_div(ceil_div(length, FIXED_TILE), split_tiles)
+    tiles = ceil_div(length, FIXED_TILE)
+    most = _most_splits(kv_heads * value_blocks * group_blocks, query.device)
+    split_tiles = ceil_div(tiles, most)
+    splits = ceil_div(tiles, split_tiles)
     partial, top, mass = partials(out, splits)
     scale, cap = _exponent_scale(scaling, softcap)
     with on_device(query):
@@ -381,7 +382,7 @@ def _flash(
             num_stages=1,
             **dependent(query.device),
         )  # fmt: skip
-    combine(partial, top, mass, out, splits, sinks, only)
+    combine(partial, top, mass, out, splits, most, sinks, only)
 
 
 def partials(out: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -398,18 +399,21 @@ def combine(
     mass: torch.Tensor,
     out: torch.Tensor,
     splits: int,
+    most: int,
     sinks: torch.Tensor | None,
     only: torch.Tensor | None,
 ) -> None:
+    """Merge splits, see `combine_kernel`; `most` is how many there would be of a long row."""
     batch, heads, _, value_dim = out.shape
-    block_dv = min(triton.next_power_of_2(value_dim), COMBINE_COLUMNS)
+    block_s = min(triton.next_power_of_2(most), COMBINE_SPLITS)
+    block_dv = min(triton.next_power_of_2(value_dim), max(COMBINE_COLUMNS, COMBINE_SIZE // block_s))
     with on_device(out):
         combine_kernel[(ceil_div(value_dim, block_dv), heads, batch)](
             partial, top, mass, as_bytes(only), _contiguous(sinks), out, splits,
             DV=value_dim,
             HAS_ONLY=only is not None,
             HAS_SINKS=sinks is not None,
-            BLOCK_S=COMBINE_SPLITS,
+            BLOCK_S=block_s,
             BLOCK_DV=block_dv,
             num_warps=COMBINE_WARPS,
             **dependent(out.device),
@@ -429,11 +433,11 @@ def _one_pass_blocks(query: torch.Tensor, value_dim: int, block_g: int) -> tuple
     return block_d, max(block_dv, 16)
 
 
-def _split_tiles(length: int, tile: int, programs: int, device: torch.device) -> int:
-    """Tiles of a split: by N, the layer's shape and the GPU, never by the batch, so that a row is
-    computed alike alone and in a batch."""
-    splits = triton.next_power_of_2(ceil_div(SPLIT_WAVES * processors(device), programs))
-    return ceil_div(ceil_div(length, tile), splits)
+@cache
+def _most_splits(programs: int, device: torch.device) -> int:
+    """Splits of a long row, with `programs` for each: by the layer's shape and the GPU, never by the
+    batch, so that a row is computed alike alone and in a batch."""
+    return triton.next_power_of_2(ceil_div(SPLIT_WAVES * processors(device), programs))
 
 
 @cache
