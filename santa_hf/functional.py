@@ -105,10 +105,17 @@ def decode_valid(
     sinks: torch.Tensor | None = None,
     exact: torch.Tensor | None = None,
     rotary_key: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     kernel: str = "auto",
 ) -> torch.Tensor:
     """`santa_decode` of arguments that are known to be valid, of which `are_valid` says so for tensors:
-    to check them takes the host as long as half of the rest."""
+    to check them takes the host as long as half of the rest.
+
+    Args:
+        rows: int32 or int64 (B, N), the row of `key` and `value` that holds each of the N keys, of
+            hidden ones too; None for keys in their order. `key` and `value` are then the storage
+            of a paged cache, expanded to (B, KVH, slots, D), and the kernels read them in place.
+    """
     row_seed = seed if isinstance(seed, torch.Tensor) else None
     run = ops.decode if torch.compiler.is_compiling() else _dispatch
     return run(
@@ -121,6 +128,7 @@ def decode_valid(
         sinks,
         exact,
         rotary_key,
+        rows,
         seed=0 if isinstance(seed, torch.Tensor) else seed,
         samples=samples,
         estimator=estimator,
@@ -140,8 +148,9 @@ def are_valid(
     position: torch.Tensor | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    rows: torch.Tensor | None = None,
 ) -> bool:
-    """Whether `santa_decode` takes these as they are: tensors of one device, with the dtypes and shapes
+    """Whether `decode_valid` takes these as they are: tensors of one device, with the dtypes and shapes
     that it documents, a mask of 4 dimensions, no rotary key. It does not say what is wrong."""
     if not query.ndim == key.ndim == value.ndim == 4:
         return False
@@ -161,7 +170,8 @@ def are_valid(
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
         and batch and length and dim and kv_heads
         and heads and heads % kv_heads == 0
-        and (mask is None or _is_row(mask, batch, length, device))
+        and (rows is None or _is_index(rows, batch, device))
+        and (mask is None or _is_row(mask, batch, reference.length_of(key, rows), device))
         and (
             position is None
             or (position.dtype, position.shape, position.device) == (torch.int64, (batch,), device)
@@ -169,6 +179,11 @@ def are_valid(
         and (softcap is None or 0 < softcap < math.inf)
         and (sinks is None or _is_of_heads(sinks, heads, device))
     )  # fmt: skip
+
+
+def _is_index(rows: torch.Tensor, batch: int, device: torch.device) -> bool:
+    index = rows.ndim == 2 and rows.shape[0] == batch and rows.shape[1] > 0
+    return index and rows.dtype in (torch.int32, torch.int64) and rows.device == device
 
 
 def _is_row(mask: torch.Tensor, batch: int, length: int, device: torch.device) -> bool:
@@ -190,6 +205,7 @@ def _dispatch(
     sinks: torch.Tensor | None,
     exact: torch.Tensor | None,
     rotary_key: torch.Tensor | None,
+    rows: torch.Tensor | None,
     *,
     seed: int,
     samples: int,
@@ -202,7 +218,7 @@ def _dispatch(
 ) -> torch.Tensor:
     """Run a validated decode step: the implementation of the operator, called directly in eager."""
     scored = softcap is not None or sinks is not None
-    decode = _implementation(query, key, value, rotary_key, scored, estimator, implementation)
+    decode = _implementation(query, key, value, rotary_key, rows, scored, estimator, implementation)
     return decode(
         query,
         key,
@@ -229,6 +245,7 @@ def _implementation(
     key: torch.Tensor,
     value: torch.Tensor,
     rotary_key: torch.Tensor | None,
+    rows: torch.Tensor | None,
     scored: bool,
     estimator: str,
     kernel: str,
@@ -239,7 +256,8 @@ def _implementation(
     what the reference draws, which "prop" does, and below the crossover with dense attention (4k keys
     at batch 1 on an H100, eval/bench/results) the choice is `min_context`, not another kernel.
     """
-    parts: dict[str, Any] = {} if rotary_key is None else {"rotary_key": rotary_key}
+    # Latents are not read through rows.
+    parts: dict[str, Any] = {"rows": rows} if rotary_key is None else {"rotary_key": rotary_key}
     if kernel == "reference" or (kernel == "auto" and query.device.type != "cuda"):
         return partial(reference.decode, **parts)
     if importlib.util.find_spec("triton") is None:
@@ -247,9 +265,10 @@ def _implementation(
     elif rotary_key is None:
         from .kernels import launch
 
-        reason = launch.why_not(query, key, value)
+        reason = launch.why_not(query, key, value, rows)
         if reason is None:
-            return launch.fused if kernel == "flash" or estimator == "dense" else launch.prop
+            one_pass = kernel == "flash" or estimator == "dense"
+            return partial(launch.fused if one_pass else launch.prop, **parts)
     else:
         from .kernels import latent
 

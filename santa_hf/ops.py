@@ -13,8 +13,9 @@ __all__ = ["decode"]
 torch.library.define(
     "santa_hf::decode",
     "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? position, Tensor? row_seed, "
-    "Tensor? sinks, Tensor? exact, Tensor? rotary_key, *, int seed, int samples, str estimator, "
-    "float scaling, float? softcap, int layer, int head_offset, str implementation) -> Tensor",
+    "Tensor? sinks, Tensor? exact, Tensor? rotary_key, Tensor? rows, *, int seed, int samples, "
+    "str estimator, float scaling, float? softcap, int layer, int head_offset, str implementation) "
+    "-> Tensor",
 )
 
 
@@ -29,6 +30,7 @@ def _decode_fake(
     sinks: torch.Tensor | None,
     exact: torch.Tensor | None,
     rotary_key: torch.Tensor | None,
+    rows: torch.Tensor | None,
     **_: object,
 ) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[1], 1, value.shape[3])

@@ -34,7 +34,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from .rng import Stream, uniform
 
-__all__ = ["FIXED_TILE", "TILE", "Draws", "decode", "dense", "draw"]
+__all__ = ["FIXED_TILE", "TILE", "Draws", "decode", "dense", "draw", "in_order", "length_of"]
 
 TILE = 128
 FIXED_TILE = 256
@@ -46,6 +46,17 @@ _BLOCK = 2048
 # rows against 5 ms for all 262144).
 _GATHER_COST = 8
 _BELOW_ONE = 1.0 - 2.0**-53
+
+
+def length_of(states: torch.Tensor, rows: torch.Tensor | None) -> int:
+    """Keys of a sequence: as many as `rows` (B, N) names, else all of `states` (B, KVH, N, D)."""
+    return int(states.shape[2] if rows is None else rows.shape[1])
+
+
+def in_order(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Copies of the keys or values that `rows` (B, N) names in `states`: (B, KVH, N, D)."""
+    batch = torch.arange(len(rows), device=rows.device)[:, None]
+    return states.transpose(1, 2)[batch, rows].transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -418,8 +429,11 @@ def decode(
     exact: torch.Tensor | None = None,
     allocation: Literal["global", "tile"] = "global",
     rotary_key: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One decode step of any estimator; arguments and result as in `santa_decode`."""
+    """One decode step of any estimator; arguments and result as in `decode_valid`."""
+    if rows is not None:
+        key, value = in_order(key, rows), in_order(value, rows)
     exactly = partial(
         dense,
         query,

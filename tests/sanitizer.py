@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from santa_hf import santa_decode
+from santa_hf.functional import decode_valid
 
 
 def main() -> None:
@@ -36,13 +37,15 @@ def main() -> None:
         mask = torch.rand(batch, 1, 1, length, device="cuda") < 0.7 if masked else None
         scored = {"softcap": 20.0, "sinks": torch.randn(heads, device="cuda")} if masked else {}
         exact = torch.tensor([True, False], device="cuda") if masked else None
+        rows = torch.stack([torch.randperm(length, device="cuda") for _ in range(batch)])
         latents = torch.randn(batch, 1, length, 128, dtype=dtype, device="cuda")
         rotary = torch.randn(batch, 1, length, 32, dtype=dtype, device="cuda")
         absorbed = torch.randn(batch, 16, 1, 160, dtype=dtype, device="cuda")
         for estimator, kernel, samples in kernels:
             step = {"samples": samples, "estimator": estimator, "kernel": kernel, "mask": mask}
             santa_decode(query, key, value, exact=exact, **step, **scored)
-            calls += 1
+            decode_valid(query, key, value, exact=exact, rows=rows, **step, **scored)
+            calls += 2
             if kernel != "flash":
                 step["kernel"] = "prop"
                 santa_decode(absorbed, latents, latents, rotary_key=rotary, **step)

@@ -171,9 +171,10 @@ def test_the_operator_keeps_its_schema(estimator: str, device: str) -> None:
     rows = torch.tensor([3, 4])
     exact = torch.tensor([True, False])
     optionals: list[tuple[torch.Tensor | None, ...]] = [
-        (query, key, value, *(None,) * 6),
-        (query, key, value, mask, rows, rows, torch.randn(6), exact, None),
-        (query, key[..., :10].contiguous(), value, *(None,) * 5, torch.randn(2, 3, 40, 6)),
+        (query, key, value, *(None,) * 7),
+        (query, key, value, mask, rows, rows, torch.randn(6), exact, None, None),
+        (query, key[..., :10].contiguous(), value, *(None,) * 5, torch.randn(2, 3, 40, 6), None),
+        (query, key, value, *(None,) * 6, torch.randint(40, (2, 33))),
     ]
     for tensors in optionals:
         moved = [None if x is None else x.to(device) for x in tensors]

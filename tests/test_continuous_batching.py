@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AttentionInterface,
     ContinuousBatchingConfig,
@@ -19,13 +22,23 @@ from transformers import (
 from transformers.generation.continuous_batching import continuous_api
 
 import santa_hf
-from santa_hf.integration import paged
+from santa_hf.integration import attention, paged
+from santa_hf.integration.compat import paged_storage
 from santa_hf.integration.paged import PAGED, santa_paged_attention
+from santa_hf.reference import in_order
+from santa_hf.stats import count_value_rows
 
 NEW_TOKENS = 20
 PROMPTS = [row[0].tolist() for row in tiny.prompts(150, 37, 90, 200, 61)]
+# Room for all prompts at once; by default, masks of 5.23 take 7 GB where layers slide.
+SIZE = {"num_blocks": 64, "max_batch_tokens": 1024}
 # The experts of gpt_oss have no float64.
 FAMILIES = [family for family in tiny.FAMILIES if family != "gpt_oss"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+kernels = pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a CUDA GPU or TRITON_INTERPRET=1, see test_kernels_interpreted.py",
+)
 _PAGES = "page_size" in inspect.signature(ContinuousBatchingConfig).parameters  # 5.23
 
 
@@ -53,7 +66,7 @@ def together(
         generation_config=GenerationConfig(
             max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
         ),
-        continuous_batching_config=ContinuousBatchingConfig(**{"num_blocks": 64, **changes}),
+        continuous_batching_config=ContinuousBatchingConfig(**{**SIZE, **changes}),
     )
     assert all(output.error is None for output in out.values())
     return [out[name].generated_tokens for name in sorted(out)]
@@ -205,34 +218,101 @@ def _recorded(call: Callable[[str], None], seen: list[str]) -> Callable[[str], N
     return recorded
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_decode_step_reads_what_the_cache_gathered(
-    family: str, monkeypatch: pytest.MonkeyPatch
+class Copies(TorchDispatchMode):
+    """Counts what operators make of tensors that share the memory of `storages`, and write there."""
+
+    def __init__(self, *storages: torch.Tensor) -> None:
+        super().__init__()
+        self.owned = {_memory(storage) for storage in storages}
+        self.read = self.written = 0  # elements
+
+    def __torch_dispatch__(self, call: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = call(*args, **(kwargs or {}))
+        given = {_memory(x) for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        if given & self.owned:
+            self.read += sum(x.numel() for x in made if _memory(x) not in given)
+        if call == torch.ops.aten.index_copy_.default and _memory(args[0]) in self.owned:
+            self.written += args[3].numel()
+        return out
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@kernels
+@pytest.mark.parametrize("estimator", ["systematic", "dense"])
+def test_decode_steps_copy_no_keys_and_values(
+    estimator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the block indices, once: attention reads the storage that the cache returned, in which
-    every sequence has a row as long as the longest."""
-    gathered: list[tuple[torch.Tensor, torch.Tensor]] = []
+    """On full and on sliding layers they write the new tokens, and the kernels read the cache."""
     steps = 0
-    update, attend = paged.paged_update, paged.santa_attention
 
-    def recorded_update(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        gathered.append(update(*args))
-        return gathered[-1]
-
-    def recorded_attend(*args: Any, **kwargs: Any) -> Any:
+    def watched(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal steps
-        states = args[2:4]
-        if args[1].shape[2] == 1 and args[1].shape[0] == len(PROMPTS):
-            steps += 1
-            for read, kept in zip(states, gathered[-1], strict=True):
-                assert read.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
-                assert read[:, 0, :, 0].numel() == kept.shape[2]
-        return attend(*args, **kwargs)
+        if query.shape[2] != len(PROMPTS):  # a prefill
+            return santa_paged_attention(module, query, *args, **kwargs)
+        steps += 1
+        with Copies(*paged_storage(kwargs["cache"], module.layer_idx)) as copies:
+            out = santa_paged_attention(module, query, *args, **kwargs)
+        assert copies.read == 0
+        assert copies.written == 2 * len(PROMPTS) * tiny.KV_HEADS * 16
+        return out
 
-    monkeypatch.setattr(paged, "paged_update", recorded_update)
-    monkeypatch.setattr(paged, "santa_attention", recorded_attend)
-    together(tiny.use(tiny.shared(family, torch.float64), "santa", samples=8))
-    assert steps == tiny.LAYERS * (NEW_TOKENS - 1)
+    monkeypatch.setitem(AttentionInterface._global_mapping, PAGED, watched)
+    model = tiny.use(tiny.build("gemma3"), "santa", samples=8, estimator=estimator, kernel="prop")
+    together(model.to(DEVICE), new_tokens=3, max_batch_tokens=600)
+    assert steps == tiny.LAYERS * 2
+
+
+@kernels
+@pytest.mark.parametrize("santa", [{}, {"min_context": 100}, {"estimator": "dense"}], ids=str)
+def test_what_is_read_in_the_cache_is_what_would_be_gathered(
+    santa: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, beside prefills too, and the tokens are those of `generate`."""
+    attend, rows_seen = paged.santa_attention, set()
+
+    def compared(
+        module: Any, query: Any, key: Any, value: Any, mask: Any, rows: Any = None, **kwargs: Any
+    ) -> Any:
+        out = attend(module, query, key, value, mask, rows=rows, **kwargs)
+        if rows is not None:
+            rows_seen.add(len(rows))
+            states = in_order(key, rows), in_order(value, rows)
+            assert torch.equal(out[0], attend(module, query, *states, mask, **kwargs)[0])
+        return out
+
+    monkeypatch.setattr(paged, "santa_attention", compared)
+    model = tiny.use(tiny.build("gemma3").to(DEVICE), "santa", samples=8, kernel="prop", **santa)
+    prompts = [row[0].tolist() for row in tiny.prompts(30, 130, 141)]
+    out = together(model, prompts, new_tokens=5, max_batch_tokens=150)
+    assert rows_seen == {1, 2, 3}
+    if DEVICE == "cpu":
+        assert out == alone(model, prompts, new_tokens=5)
+
+
+def test_a_fallback_attends_to_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.shared("gemma3", torch.float64)
+    expected = alone(tiny.use(model, "sdpa"))
+    monkeypatch.setattr(attention, "_why_not_sampled", lambda *_: "a test says so")
+    assert together(tiny.use(model, "santa", samples=4)) == expected
+    calls = tiny.LAYERS * (NEW_TOKENS - 1)
+    assert santa_hf.stats(model).total.fallbacks == {"a test says so": calls}
+
+
+def test_value_rows_are_counted_as_alone() -> None:
+    model = tiny.use(tiny.shared("gemma3", torch.float64), "santa", samples=4, min_context=60)
+    seen = []
+    for generate in (alone, together):
+        santa_hf.reset_stats(model)
+        with count_value_rows():
+            generate(model)
+        counters = santa_hf.stats(model).total
+        seen.append((counters.samples, counters.rows_read, counters.rows_visible))
+    assert seen[0] == seen[1]
+    assert seen[0][1] > 0
 
 
 def test_seeds_and_budgets_reach_it() -> None:

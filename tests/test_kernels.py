@@ -24,6 +24,7 @@ from test_unbiased import Softmax, analytic_variance, directions, drawn, share
 from tolerance import assert_mean, average_budget, gamma, score_budget, unit_roundoff
 
 from santa_hf import reference, santa_decode
+from santa_hf.functional import are_valid, decode_valid
 from santa_hf.rng import Stream, uniform
 
 CUDA = torch.cuda.is_available()
@@ -815,6 +816,69 @@ def test_rows_of_a_batch_are_those_computed_alone(kernel: str) -> None:
         assert alone.isfinite().all() == (b % distinct != 1)
 
 
+def scattered(states: torch.Tensor, rows: torch.Tensor, slots: int) -> torch.Tensor:
+    """A paged cache with the `states` (B, KVH, N, D) in the slots `rows` (B, N), and NaN elsewhere."""
+    storage = states.new_full((slots, states.shape[1], states.shape[3]), torch.nan)
+    storage[rows.long()] = states.transpose(1, 2)
+    return storage.transpose(0, 1).expand(len(states), -1, -1, -1)
+
+
+@some(
+    "shape, mask",
+    [
+        ((3, 6, 2, 300, 64, 40, F16), "both"),
+        ((2, 5, 1, 129, 40, 64, F32), "holes"),
+        ((1, 4, 2, 200, 32, 32, F32), None),
+    ],
+    [
+        (shape, mask)
+        for mask in (None, "both", "holes")
+        for shape in [
+            (3, 12, 4, 1000, 128, 128, BF16),
+            (1, 32, 8, 40000, 128, 128, BF16),
+            (16, 32, 8, 3000, 128, 128, F16),
+            (2, 12, 2, 777, 320, 512, F32),
+        ]
+    ],
+)
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "dense"])
+def test_slots_of_a_paged_cache_change_no_draw_and_no_bit(
+    estimator: str, shape: tuple[Any, ...], mask: str | None
+) -> None:
+    """Also of rows that are exact beside others that are drawn."""
+    query, key, value, keywords = case(shape, mask)
+    batch, heads, length = len(query), query.shape[1], key.shape[2]
+    slots = batch * length + 77
+    rows = torch.randperm(slots)[: batch * length].view(batch, length).to(DEVICE)
+    if shape[-1] == F32:
+        rows = rows.int()
+    paged = scattered(key, rows, slots), scattered(value, rows, slots)
+    keywords["estimator"] = estimator
+    if estimator == "dense":
+        expected = launch.fused(query, key, value, **keywords)
+        assert torch.equal(launch.fused(query, *paged, **keywords, rows=rows), expected)
+        return
+    for exact in (None, torch.arange(batch, device=DEVICE) == batch - 1):
+        index = torch.full((2, batch, heads, keywords["samples"]), -2, device=DEVICE)
+        keywords["exact"] = exact
+        expected = launch.prop(query, key, value, **keywords, index=index[0])
+        out = launch.prop(query, *paged, **keywords, rows=rows, index=index[1])
+        assert torch.equal(out, expected)
+        assert torch.equal(*index)
+
+
+@pytest.mark.parametrize("kernel", ["prop", "flash", "reference"])
+def test_a_decode_step_reads_a_paged_cache(kernel: str) -> None:
+    query, key, value, keywords = case((2, 4, 2, 260, 64, 64, F16), "both")
+    rows = torch.randperm(600)[: 2 * 260].view(2, 260).to(DEVICE)
+    paged = scattered(key, rows, 600), scattered(value, rows, 600)
+    assert are_valid(query, *paged, keywords["mask"], None, None, None, rows)
+    assert not are_valid(query, *paged, keywords["mask"], None, None, None, rows[:, 1:])
+    expected = decode_valid(query, key, value, **keywords, kernel=kernel)
+    out = decode_valid(query, *paged, **keywords, kernel=kernel, rows=rows)
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("layout", ["head room", "tokens first", "odd"])
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_layouts_of_a_cache_change_no_bit(kernel: str, layout: str) -> None:
@@ -865,6 +929,10 @@ def test_rows_of_one_tile_beyond_32_bits() -> None:
         expected = run(kernel, query, key, value, **keywords)
         assert torch.equal(run(kernel, query, far.copy_(key), value, **keywords), expected), kernel
         assert torch.equal(run(kernel, query, key, far.copy_(value), **keywords), expected), kernel
+    rows = torch.arange(100, dtype=torch.int32, device=DEVICE)[None]
+    for kernel in ("prop", "dense"):
+        expected = run(kernel, query, value, value, **keywords)
+        assert torch.equal(run(kernel, query, far, far, **keywords, rows=rows), expected), kernel
 
 
 @pytest.mark.parametrize("mask", ["both", "holes"])
@@ -1217,10 +1285,12 @@ def test_the_operator_keeps_its_schema_with_every_kernel(
         "implementation": implementation,
     }
     exact = torch.tensor([True, False], device=DEVICE)
+    rows = torch.randint(300, (2, 200), device=DEVICE)
     for tensors, scalars in (
-        ((None,) * 6, {"seed": 1, "softcap": None, "head_offset": 0}),
+        ((None,) * 7, {"seed": 1, "softcap": None, "head_offset": 0}),
+        ((*(None,) * 6, rows), {"seed": 1, "softcap": None, "head_offset": 0}),
         (
-            (*(extras[k] for k in ("mask", "position", "seed", "sinks")), exact, None),
+            (*(extras[k] for k in ("mask", "position", "seed", "sinks")), exact, None, None),
             {"seed": 0, "softcap": 2.0, "head_offset": 6},
         ),
     ):

@@ -17,6 +17,7 @@ import santa_hf
 PARTS = ["draws_and_output or any_case", "fixed_budget or grid or unbiased"]
 PARTS += [" and ".join(f"not ({part})" for part in PARTS)]
 RUNS = [("test_kernels.py", part) for part in PARTS] + [("test_latent_kernels.py", "")]
+RUNS.append(("test_continuous_batching.py", "copy_no_keys or would_be_gathered"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")

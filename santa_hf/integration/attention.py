@@ -26,6 +26,7 @@ from transformers.masking_utils import (
 from .. import reference
 from ..config import LayerConfig, SantaConfig
 from ..functional import are_valid, decode_valid, santa_decode
+from ..reference import in_order, length_of
 from ..stats import count_as_dense, counting_value_rows, layer_stats, warn_once
 from . import mla
 from .compat import heads_of_layer
@@ -180,6 +181,7 @@ def santa_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     santa: SantaConfig | Mapping[str, Any] | None = None,
+    rows: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention function of Transformers' AttentionInterface.
@@ -190,6 +192,8 @@ def santa_attention(
             and rotary keys (B, 1, N, dr) of multi-head latent attention, see `mla`.
         attention_mask: bool (B or 1, 1, q, N), True where visible, or None.
         santa: overrides for this call alone, the `santa=` keyword of the model's forward.
+        rows: int (B, N), the slot of each key, where key and value are the storage of a paged cache,
+            expanded to (B, KVH, slots, D); None elsewhere.
 
     Returns:
         (B, q, H, Dv) contiguous, and the attention weights where the caller asked for them (dense), else
@@ -202,7 +206,7 @@ def santa_attention(
         )
     if not torch.compiler.is_compiling():
         mla.adopt(module)
-    exact = (module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    exact = (module, query, key, value, attention_mask, dropout, scaling, kwargs, rows)
     if query.shape[2] != 1 or is_prefill():
         _count(module, "multi_token")
         return _exact_attention(*exact)
@@ -210,9 +214,11 @@ def santa_attention(
     latent = mla.are_latents(module, key, value)
     position = _position(query.shape[0], kwargs)
     valid = not latent and are_valid(
-        query, key, value, attention_mask, position, kwargs.get("softcap"), kwargs.get("s_aux")
-    )
+        query, key, value, attention_mask, position, kwargs.get("softcap"), kwargs.get("s_aux"), rows
+    )  # fmt: skip
     if not valid:
+        if rows is not None:
+            key, value, rows = in_order(key, rows), in_order(value, rows), None
         _check_inputs(query, key, value, attention_mask, latent)
     config = layer_config(module, santa, query.device)
     seed = None if santa is not None else traced_seed(module, query.device)
@@ -221,7 +227,7 @@ def santa_attention(
         reason: str | None = "the heads of the layer are sharded in an unknown way"
     else:
         reason = _why_not_sampled(
-            module, query, key, value, attention_mask, position, dropout, kwargs
+            module, query, key, value, attention_mask, position, dropout, kwargs, valid
         )
     # Exact attention is what was asked for, but not to expand a cache of latents for it.
     falls_back = config.estimator != "dense" or mla.caches_latents(module)
@@ -240,7 +246,7 @@ def santa_attention(
         rotary_key = None
     out = _decode(
         module, query, key, value, attention_mask, scaling, config, seed, position, head_offset, kwargs,
-        rotary_key, valid,
+        rotary_key, rows, valid,
     )  # fmt: skip
     if latent:
         out = mla.project(module, out)
@@ -316,6 +322,7 @@ def _decode(
     head_offset: int | None,
     kwargs: Mapping[str, Any],
     rotary_key: torch.Tensor | None,
+    rows: torch.Tensor | None,
     valid: bool,
 ) -> torch.Tensor:
     """One decode step as configured, but for a `seed`, int64 (1,), of a traced graph: (B, H, 1, Dv).
@@ -324,7 +331,7 @@ def _decode(
         valid: whether the tensors are known to be valid, and need no check that names what is wrong.
     """
     step = partial(
-        decode_valid if valid else santa_decode,
+        partial(decode_valid, rows=rows) if valid else santa_decode,
         query,
         key,
         value,
@@ -340,7 +347,7 @@ def _decode(
     batch, heads = query.shape[:2]
     over_latents = rotary_key is not None and config.kernel == "auto"
     unprofitable = over_latents and not mla.sampling_pays(query.device)
-    if key.shape[2] < config.min_context or unprofitable:
+    if length_of(key, rows) < config.min_context or unprofitable:
         _count(module, "dense")
         return step(estimator="dense")
     exact = _short_rows(mask, batch, config.min_context)
@@ -362,7 +369,7 @@ def _decode(
             sampled = None if exact is None else ~exact
             _count_rows(
                 module, query, key, mask, scaling, config, position, head_offset, sampled, kwargs,
-                rotary_key,
+                rotary_key, rows,
             )  # fmt: skip
     return out
 
@@ -376,9 +383,12 @@ def _exact_attention(
     dropout: float,
     scaling: float | None,
     kwargs: Mapping[str, Any],
+    rows: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the model computes without this package: SDPA, or its own eager function where SDPA
     would ignore a feature (soft-capped scores, attention sinks) or attention weights are asked for."""
+    if rows is not None:
+        key, value = in_order(key, rows), in_order(value, rows)
     if mla.are_latents(module, key, value):
         key, value = mla.expand(module, key, value)
     mask = _chosen(mask, kwargs.get("indices"), query, key)
@@ -444,6 +454,7 @@ def _why_not_sampled(
     position: torch.Tensor | None,
     dropout: float,
     kwargs: Mapping[str, Any],
+    valid: bool,
 ) -> str | None:
     """Why this decode call cannot be sampled, in the words of the warning; None if it can."""
     sinks = kwargs.get("s_aux")
@@ -473,7 +484,7 @@ def _why_not_sampled(
             return reason
     if getattr(module, "layer_idx", None) is None:
         return "the layer has no layer_idx, and layers must not share draws"
-    if mask is not None and not (
+    if not (valid or mask is None) and not (
         isinstance(mask, torch.Tensor)
         and mask.dtype == torch.bool
         and mask.ndim == 4
@@ -567,9 +578,12 @@ def _count_rows(
     sampled: torch.Tensor | None,
     kwargs: Mapping[str, Any],
     rotary_key: torch.Tensor | None,
+    rows: torch.Tensor | None,
 ) -> None:
     """Repeat the draws of a call in the reference and count the value rows they read, over the rows
     of the batch that are `sampled`, bool (B,); None for all."""
+    if rows is not None:
+        key = in_order(key, rows)
     if sampled is not None:
         if not bool(sampled.any()):
             return

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["heads_of_layer", "longest_query", "paged_layer", "paged_update", "shareable_blocks"]
+__all__ = [
+    "heads_of_layer",
+    "longest_query",
+    "paged_layer",
+    "paged_storage",
+    "paged_update",
+    "shareable_blocks",
+]
 
 
 def heads_of_layer(module: Any) -> int | None:
@@ -40,16 +47,34 @@ def paged_layer(cache: Any, layer: Any, kwargs: Mapping[str, Any]) -> tuple[int,
     return group, starts, longest
 
 
+def paged_storage(cache: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a layer as the paged cache holds them: (1, KVH, slots, D), views."""
+    if not hasattr(cache, "layer_index_to_group_indices"):  # 5.23
+        key, value = cache.layer_to_allocator[layer]._kv_token_views[layer]
+        key = key[: len(value)]  # both end with the buffer they share, in which values come later
+    else:
+        index = cache.layer_index_to_group_indices[layer][1]
+        key, value = cache.key_cache[index], cache.value_cache[index]
+    return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+
+
 def paged_update(
-    cache: Any, key: torch.Tensor, value: torch.Tensor, layer: Any, kwargs: Mapping[str, Any]
+    cache: Any,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: Any,
+    read: torch.Tensor,
+    write: torch.Tensor,
+    kwargs: Mapping[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write the new tokens of a step of continuous batching, and read those that its indices name:
-    (1, KVH, n, D) and (1, KVH, n, Dv)."""
+    """Store the new tokens of a step of continuous batching in the slots `write`, and gather the slots
+    `read`: (1, KVH, n, D) and (1, KVH, n, Dv), the new tokens themselves if there are none to read."""
     states = {"key_states": key, "value_states": value, "layer_idx": layer}
+    group = paged_layer(cache, layer, kwargs)[0]
+    indices = {"read_index": {group: read}, "write_index": {group: write}}
     if not hasattr(cache, "layer_index_to_group_indices"):  # 5.23, which changes the arguments
-        key, value = cache.update(**states, kwargs=dict(kwargs))
+        key, value = cache.update(**states, kwargs={**kwargs, **indices})
         return key, value
-    indices = {name: kwargs[name] for name in ("read_index", "write_index")}
     key, value = cache.update(**states, **indices)
     return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
 

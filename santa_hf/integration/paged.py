@@ -1,9 +1,11 @@
 """Continuous batching: `model.generate_batch` with attention "santa".
 
-A step holds the new tokens of many sequences one after the other, and the paged cache returns the keys
-and values of each sequence likewise. Sequences with one new token decode and are sampled, together, as
-rows of one padded batch; the others prefill and are dense, and so is a single token of a prompt. A
-sequence therefore draws the same uniforms as in `generate`.
+A step holds the new tokens of many sequences one after the other. Sequences with one new token decode
+and are sampled, together, as rows of one padded batch; the others prefill and are dense, and so is a
+single token of a prompt. A sequence therefore draws the same uniforms as in `generate`.
+
+The paged cache gathers what a prefill attends to. Of a decode step it stores the new tokens only: the
+kernels read all keys, and the values that are drawn, in its storage, through the slots of each sequence.
 
 Keys and values of a generated token come out of sampled attention, and are not what a dense prefill of
 it gives. Transformers takes one for the other: under cache pressure it drops a request's cache and
@@ -29,7 +31,7 @@ from transformers.generation.continuous_batching.scheduler import Scheduler
 
 from ..config import SantaConfig
 from .attention import santa_attention
-from .compat import longest_query, paged_layer, paged_update, shareable_blocks
+from .compat import longest_query, paged_layer, paged_storage, paged_update, shareable_blocks
 from .prefill import prefilling
 
 __all__ = ["PAGED", "allow_continuous_batching", "santa_paged_attention", "santa_paged_mask"]
@@ -92,60 +94,56 @@ def santa_paged_attention(
     longest_q = longest_query(kwargs)
     position_ids = kwargs.get("position_ids")
     group, starts_k, longest_k = paged_layer(cache, module.layer_idx, kwargs)
+    read, write = kwargs["read_index"][group], kwargs["write_index"][group]
     rest = {name: given for name, given in kwargs.items() if name not in _OF_THE_BATCH}
     window = rest.get("sliding_window")
     attend: Any = functools.partial(
         santa_attention, module, dropout=dropout, scaling=scaling, santa=santa, **rest
     )
 
-    rows, slots = None, kwargs["read_index"][group]
-    mask: torch.Tensor | None
+    def update(new: Any, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        states = key[:, :, new], value[:, :, new]
+        return paged_update(cache, *states, module.layer_idx, slots, write[new], kwargs)
+
     prompts = getattr(cache, "_santa_prompts", [])  # whether each sequence is at its prompt
+    out = None
+    new: Any  # where the tokens are that are attended from
     if longest_q == 1 and starts_q.shape[0] == tokens + 1 and not any(prompts):
-        # The cache reads by indices that lay the sequences out as rows, so that nothing is copied twice.
-        index, mask = _padded_rows(starts_k[:-1], starts_k[1:], longest_k, window)
-        padded = torch.where(mask, slots[index.clamp(max=len(slots) - 1)], 0)
-        kwargs = {**kwargs, "read_index": {group: padded.flatten()}}
-        keys, values = paged_update(cache, key, value, module.layer_idx, kwargs)
-        keys, values = (states[0].unflatten(1, index.shape) for states in (keys, values))
-        if index.shape == (1, len(slots)):
-            mask = None
+        new, start, stop = slice(tokens), starts_k[:-1], starts_k[1:]
     else:
-        key, value = paged_update(cache, key, value, module.layer_idx, kwargs)
         q, k = starts_q.tolist(), starts_k.tolist()
         prompts = [*prompts, *[False] * (len(q) - 1 - len(prompts))]  # empty ones follow
         decoding = [i for i in range(len(q) - 1) if q[i + 1] - q[i] == 1 and not prompts[i]]
         out = query.new_zeros(1, tokens, query.shape[1], value.shape[-1])
         for i in range(len(q) - 1):
             if q[i + 1] - q[i] > 1 or prompts[i]:
-                keys, values = key[:, :, k[i] : k[i + 1]], value[:, :, k[i] : k[i + 1]]
-                queries = query[:, :, q[i] : q[i + 1]]
-                mask = _prefill_mask(queries.shape[2], keys.shape[2], window, query.device)
+                new = slice(q[i], q[i + 1])
+                keys, values = update(new, read[k[i] : k[i + 1]])
+                mask = _prefill_mask(q[i + 1] - q[i], keys.shape[2], window, query.device)
                 with prefilling():
-                    out[:, q[i] : q[i + 1]] = attend(queries, keys, values, mask)[0]
+                    out[:, new] = attend(query[:, :, new], keys, values, mask)[0]
         if not decoding:
             return out, None
         sequences = torch.tensor(decoding, device=query.device)
+        new, start, stop = starts_q[sequences].long(), starts_k[sequences], starts_k[sequences + 1]
         longest_k = max(k[i + 1] - k[i] for i in decoding)
-        index, mask = _padded_rows(starts_k[sequences], starts_k[sequences + 1], longest_k, window)
-        index = index.clamp(max=key.shape[2] - 1)
-        keys, values = (states[0][:, index] for states in (key, value))
-        rows = torch.tensor([q[i] for i in decoding], device=query.device)
-        query = query[:, :, rows]
-        position_ids = None if position_ids is None else position_ids[:, rows]
-    if position_ids is not None:
-        position_ids = position_ids.view(-1, 1).long()
+    update(new, read[:0])
+    rows, mask = _decoding_rows(read, write[new], start, stop, longest_k, window)
+    keys, values = (
+        states.expand(len(rows), -1, -1, -1) for states in paged_storage(cache, module.layer_idx)
+    )
     sampled, _ = attend(
-        query.transpose(0, 2),
-        keys.transpose(0, 1),
-        values.transpose(0, 1),
-        None if mask is None else mask[:, None, None],
-        position_ids=position_ids,
+        query[:, :, new].transpose(0, 2),
+        keys,
+        values,
+        None if rows.shape == (1, len(read)) else mask,
+        rows=rows,
+        position_ids=None if position_ids is None else position_ids[:, new].view(-1, 1).long(),
     )
     sampled = sampled.transpose(0, 1)
-    if rows is None:
+    if out is None:
         return sampled.contiguous(), None
-    out[:, rows] = sampled
+    out[:, new] = sampled
     return out, None
 
 
@@ -163,18 +161,27 @@ def _prefill_mask(
     return visible[None, None]
 
 
-def _padded_rows(
-    start: torch.Tensor, stop: torch.Tensor, longest: int, window: int | None
+def _decoding_rows(
+    read: torch.Tensor,
+    write: torch.Tensor,
+    start: torch.Tensor,
+    stop: torch.Tensor,
+    longest: int,
+    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the keys of each sequence are, int (B, longest), and which of these are there, bool.
+    """The slots of the keys of sequences that decode, int (B, longest), and which of them are visible,
+    bool (B, 1, 1, longest).
 
-    `start` and `stop`, (B,), enclose those of a sequence. Only the last `window` of them are taken.
+    Those of a sequence stand in `read` from `start` to `stop`, (B,), the new token last, which is in the
+    slot `write`; only the last `window` of them are taken. Shorter sequences are padded with that slot.
     """
     if window is not None:
         start = torch.maximum(start, stop - window)
         longest = min(longest, window)
     index = start[:, None] + torch.arange(longest, device=start.device)
-    return index, index < stop[:, None]
+    stop = stop[:, None]
+    rows = torch.where(index < stop - 1, read[index.clamp(max=len(read) - 1)], write[:, None])
+    return rows, (index < stop)[:, None, None]
 
 
 _Method = Callable[..., Any]

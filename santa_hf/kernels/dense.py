@@ -20,6 +20,7 @@ def _walk(
     p_key,  # of the KV head
     p_value,
     p_mask,  # of the row
+    p_rows,
     o_query,  # (BLOCK_G, BLOCK_D)
     o_dv,  # (BLOCK_DV,)
     start,  # the first key
@@ -33,6 +34,7 @@ def _walk(
     D: tl.constexpr,
     DV: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SKIP_HIDDEN: tl.constexpr,
     TILE: tl.constexpr,
@@ -62,7 +64,13 @@ def _walk(
         if HAS_MASK:
             o_mask = (n + o_t).to(tl.int64) * STRIDE_MN
             visible = inside & (tl.load(p_mask + o_mask, mask=inside, other=0) != 0)
-        p_tile = p_key + n.to(tl.int64) * STRIDE_KN
+        if HAS_ROWS:
+            o_row = tl.load(p_rows + n + o_t, mask=inside, other=0).to(tl.int64)[:, None]
+            p_k = p_key + o_row * STRIDE_KN + o_d[None, :]
+            p_v = p_value + o_row * STRIDE_VN + o_dv[None, :]
+        else:
+            p_k = p_key + n.to(tl.int64) * STRIDE_KN + o_key
+            p_v = p_value + n.to(tl.int64) * STRIDE_VN + o_value
         b_dot = tl.zeros([BLOCK_G, TILE], tl.float32)
         for d in tl.static_range(0, D, BLOCK_D):
             if D > BLOCK_D:
@@ -72,15 +80,12 @@ def _walk(
                 )
             if D % BLOCK_D == 0:
                 b_k = tl.load(
-                    p_tile + o_key + d,
-                    mask=inside[:, None],
-                    other=0.0,
-                    eviction_policy="evict_first",
+                    p_k + d, mask=inside[:, None], other=0.0, eviction_policy="evict_first"
                 )
             else:
                 in_d = d + o_d < D
                 b_k = tl.load(
-                    p_tile + o_key + d,
+                    p_k + d,
                     mask=inside[:, None] & in_d[None, :],
                     other=0.0,
                     eviction_policy="evict_first",
@@ -91,13 +96,12 @@ def _walk(
         b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
         b_level = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_rescale = tl.exp2(b_top - b_level)
-        p_rows = p_value + n.to(tl.int64) * STRIDE_VN
         b_rows = inside[:, None]
         if SKIP_HIDDEN:
             b_rows = visible[:, None]
         if DV % BLOCK_DV != 0:
             b_rows = b_rows & (o_dv < DV)[None, :]
-        b_v = tl.load(p_rows + o_value, mask=b_rows, other=0.0, eviction_policy="evict_first")
+        b_v = tl.load(p_v, mask=b_rows, other=0.0, eviction_policy="evict_first")
         b_p = tl.exp2(b_s - b_level[:, None])
         b_out = b_out * b_rescale[:, None]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
@@ -118,6 +122,7 @@ def dense_kernel(
     p_value,  # (B, KVH, N, DV)
     p_mask,  # (B, N) uint8
     p_span,  # (B, 2) int32, of `span_kernel`
+    p_rows,  # (B, N) int32 or int64, the row of p_key and p_value that holds a key
     p_only,  # (B,) uint8, zero for rows that are left alone
     p_partial,  # (B, KVH * G, splits, DV) float32
     p_top,  # (B, KVH * G, splits) float32
@@ -140,6 +145,7 @@ def dense_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     HAS_ONLY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
@@ -177,13 +183,15 @@ def dense_kernel(
     start += i_split * split_tiles * TILE
     stop = min(stop, start + split_tiles * TILE)
 
+    if HAS_ROWS:
+        p_rows += i_b * N
     p_query += tl.multiple_of(i_b * stride_qb + i_kv * G * stride_qh, ALIGN_Q)
     o_query = tl.multiple_of(o_g * stride_qh, ALIGN_Q)[:, None] + o_d[None, :]
     p_key += tl.multiple_of(i_b * stride_kb + i_kv * stride_kh, ALIGN_K)
     p_value += tl.multiple_of(i_b * stride_vb + i_kv * stride_vh, ALIGN_V)
     b_out, b_top, b_mass = _walk(
-        p_query, p_key, p_value, p_mask, o_query, o_dv, start, stop, scale, softcap,
-        STRIDE_KN, STRIDE_VN, STRIDE_MN, G, D, DV, HAS_MASK, HAS_SOFTCAP, False,
+        p_query, p_key, p_value, p_mask, p_rows, o_query, o_dv, start, stop, scale, softcap,
+        STRIDE_KN, STRIDE_VN, STRIDE_MN, G, D, DV, HAS_MASK, HAS_ROWS, HAS_SOFTCAP, False,
         TILE, BLOCK_G, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     if HAS_MASK:
@@ -191,8 +199,8 @@ def dense_kernel(
         # registers (H100, 32k keys: 126 and 75 us against 55), so that is for a hidden NaN alone.
         if tl.max((b_out != b_out).to(tl.int32)) != 0:
             b_out, b_top, b_mass = _walk(
-                p_query, p_key, p_value, p_mask, o_query, o_dv, start, stop, scale, softcap,
-                STRIDE_KN, STRIDE_VN, STRIDE_MN, G, D, DV, HAS_MASK, HAS_SOFTCAP, True,
+                p_query, p_key, p_value, p_mask, p_rows, o_query, o_dv, start, stop, scale, softcap,
+                STRIDE_KN, STRIDE_VN, STRIDE_MN, G, D, DV, HAS_MASK, HAS_ROWS, HAS_SOFTCAP, True,
                 TILE, BLOCK_G, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 import triton
 
-from ..reference import FIXED_TILE, TILE
+from ..reference import FIXED_TILE, TILE, in_order, length_of
 from ..rng import Stream
 from .common import LOG2E, span_kernel
 from .dense import combine_kernel, dense_kernel
@@ -46,7 +46,9 @@ COMBINE_SPLITS, COMBINE_COLUMNS = 128, 32  # splits at a time at most, columns o
 COMBINE_SIZE, COMBINE_WARPS = 512, 1  # sums of a program
 
 
-def why_not(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+def why_not(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor | None = None
+) -> str | None:
     """Why the Triton kernels cannot run on these tensors, in the words of an error; None if they can."""
     if query.device.type != "cuda" and not _INTERPRETED:
         return f"Triton kernels need a CUDA device, and query is on {query.device}"
@@ -60,7 +62,7 @@ def why_not(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str 
         return f"Triton kernels take head dimensions up to {MAX_DIM}"
     if query.shape[1] > MAX_GROUP * key.shape[1]:
         return f"Triton kernels take up to {MAX_GROUP} query heads per KV head"
-    if key.shape[2] > MAX_LENGTH:
+    if length_of(key, rows) > MAX_LENGTH:
         return f"Triton kernels take up to {MAX_LENGTH} keys"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         return "Triton kernels have no backward pass"
@@ -76,6 +78,7 @@ def scores(
     span: torch.Tensor | None,
     exact: torch.Tensor | None = None,
     softcap: float | None = None,
+    rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pass 1, see `scores_kernel`; `span` is that of the mask, rows that are `exact` are skipped.
 
@@ -84,24 +87,26 @@ def scores(
         (B, H) of zeros. A tile without a visible key has top -inf and total 0.
     """
     batch, heads, _, dim = query.shape
-    kv_heads, length = key.shape[1:3]
+    kv_heads, length = key.shape[1], length_of(key, rows)
     n_tiles = ceil_div(length, TILE)
-    rows, device = (batch, heads, n_tiles), query.device
+    tiles, device = (batch, heads, n_tiles), query.device
     group = (batch, kv_heads, n_tiles, heads // kv_heads, TILE)
     stash = torch.empty(group, dtype=torch.float16, device=device)
-    top = torch.empty(rows, dtype=torch.float32, device=device)
-    total = torch.empty(rows, dtype=torch.int32, device=device)
+    top = torch.empty(tiles, dtype=torch.float32, device=device)
+    total = torch.empty(tiles, dtype=torch.int32, device=device)
     done = torch.empty(batch, heads, dtype=torch.int32, device=device)
     scale, cap = _exponent_scale(scaling, softcap)
     with on_device(query):
         scores_kernel[(n_tiles, kv_heads, batch)](
-            query, key, mask, span, as_bytes(exact), stash, top, total, done, scale, cap, length,
+            query, key, mask, span, _contiguous(rows), as_bytes(exact), stash, top, total, done, scale,
+            cap, length,
             query.stride(0), query.stride(1), key.stride(0), key.stride(1), mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
             STRIDE_MN=mask_stride(mask, 1),
             G=heads // kv_heads,
             D=dim,
             HAS_MASK=mask is not None,
+            HAS_ROWS=rows is not None,
             HAS_EXACT=exact is not None,
             HAS_SOFTCAP=softcap is not None,
             TILE=TILE,
@@ -132,25 +137,26 @@ def prop(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     exact: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One sampled decode step in two passes; arguments and result as in `santa_decode`.
+    """One sampled decode step in two passes; arguments and result as in `decode_valid`.
 
     `index`, int64 (B, H, samples), receives the keys drawn, -1 where a draw fell on the sink.
     """
     mask, span = visible(mask, query.shape[0], position is None or exact is not None)
     weights = scores(
-        query, key, scaling=scaling, mask=mask, span=span, exact=exact, softcap=softcap
+        query, key, scaling=scaling, mask=mask, span=span, exact=exact, softcap=softcap, rows=rows
     )
     out = query.new_empty(*query.shape[:3], value.shape[3])
     sample(
         value, span, weights, out, samples=samples, estimator=estimator, seed=seed, layer=layer,
-        position=position, head_offset=head_offset, sinks=sinks, exact=exact, index=index,
+        position=position, head_offset=head_offset, sinks=sinks, exact=exact, rows=rows, index=index,
     )  # fmt: skip
     if exact is not None:
         _dense(
             query, key, value, out, mask, span, scaling=scaling, softcap=softcap, sinks=sinks,
-            only=exact,
+            only=exact, rows=rows,
         )  # fmt: skip
     return out
 
@@ -169,12 +175,13 @@ def sample(
     head_offset: int,
     sinks: torch.Tensor | None = None,
     exact: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
 ) -> None:
     """Pass 2, see `sample_kernel`: draws from the `weights` that `scores` left, into `out`."""
     stash, top, total, done = weights
     batch, heads = out.shape[:2]
-    kv_heads, length, value_dim = value.shape[1:]
+    kv_heads, length, value_dim = value.shape[1], length_of(value, rows), value.shape[3]
     blocks = _sample_blocks(samples)
     chunks = ceil_div(samples, blocks["BLOCK_S"])
     partial = out
@@ -183,14 +190,15 @@ def sample(
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
     with on_device(out):
         sample_kernel[(chunks, heads, batch)](
-            value, span, as_bytes(exact), _contiguous(sinks), row_seed, _per_row(position, batch),
-            stash, top, total, done, partial, index, out,
+            value, span, _contiguous(rows), as_bytes(exact), _contiguous(sinks), row_seed,
+            _per_row(position, batch), stash, top, total, done, partial, index, out,
             seed, length - 1, layer, head_offset, samples, length, top.shape[2],
             value.stride(0), value.stride(1),
             STRIDE_VN=value.stride(2),
             G=heads // kv_heads,
             DV=value_dim,
             HAS_SPAN=span is not None,
+            HAS_ROWS=rows is not None,
             HAS_EXACT=exact is not None,
             HAS_SINKS=sinks is not None,
             HAS_SEED=row_seed is not None,
@@ -225,14 +233,20 @@ def fused(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     exact: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One decode step in one pass, exact or with a fixed budget per tile; as in `santa_decode`."""
+    """One decode step in one pass, exact or with a fixed budget per tile; as in `decode_valid`.
+
+    Fixed budgets are drawn from copies of the keys and values that `rows` names.
+    """
     batch, heads = query.shape[:2]
     out = query.new_empty(batch, heads, 1, value.shape[-1])
     mask, span = visible(mask, batch, True)
     if estimator == "dense":
         exact = None
     else:
+        if rows is not None:
+            key, value, rows = in_order(key, rows), in_order(value, rows), None
         _flash(
             query, key, value, out, mask, span, samples=samples, estimator=estimator,
             scaling=scaling, seed=seed, layer=layer, position=position, head_offset=head_offset,
@@ -241,7 +255,7 @@ def fused(
     if estimator == "dense" or exact is not None:
         _dense(
             query, key, value, out, mask, span, scaling=scaling, softcap=softcap, sinks=sinks,
-            only=exact,
+            only=exact, rows=rows,
         )  # fmt: skip
     return out
 
@@ -258,10 +272,11 @@ def _dense(
     softcap: float | None,
     sinks: torch.Tensor | None,
     only: torch.Tensor | None,
+    rows: torch.Tensor | None,
 ) -> None:
     """Exact attention for the rows of `out` that `only`, bool (B,), names; None for all."""
     batch, heads, _, dim = query.shape
-    kv_heads, length, value_dim = key.shape[1], key.shape[2], value.shape[-1]
+    kv_heads, length, value_dim = key.shape[1], length_of(key, rows), value.shape[-1]
     block_g = _block_of_group(heads // kv_heads)
     block_d, block_dv = _one_pass_blocks(query, value_dim, block_g)
     tile_bytes = DENSE_TILE * (dim + block_dv) * query.element_size()
@@ -273,9 +288,9 @@ def _dense(
     scale, cap = _exponent_scale(scaling, softcap)
     with on_device(query):
         dense_kernel[(splits * value_blocks, kv_heads, batch)](
-            query, key, value, mask, span, as_bytes(only), partial, top, mass, scale, cap, length,
-            split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
-            value.stride(0), value.stride(1), mask_stride(mask, 0),
+            query, key, value, mask, span, _contiguous(rows), as_bytes(only), partial, top, mass,
+            scale, cap, length, split_tiles, query.stride(0), query.stride(1), key.stride(0),
+            key.stride(1), value.stride(0), value.stride(1), mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
             STRIDE_VN=value.stride(2),
             STRIDE_MN=mask_stride(mask, 1),
@@ -283,6 +298,7 @@ def _dense(
             D=dim,
             DV=value_dim,
             HAS_MASK=mask is not None,
+            HAS_ROWS=rows is not None,
             HAS_ONLY=only is not None,
             HAS_SOFTCAP=softcap is not None,
             TILE=DENSE_TILE,

@@ -151,6 +151,7 @@ def _search(
 def sample_kernel(
     p_value,  # (B, KVH, N, DV)
     p_span,  # (B, 2) int32, of `span_kernel`
+    p_rows,  # (B, N) int32 or int64, the row of p_value that holds a key's value
     p_exact,  # (B,) uint8, rows that are not drawn from
     p_sinks,  # (KVH * G,) float32
     p_seed,  # (B,) int64
@@ -175,6 +176,7 @@ def sample_kernel(
     G: tl.constexpr,
     DV: tl.constexpr,
     HAS_SPAN: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     HAS_EXACT: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SEED: tl.constexpr,
@@ -261,6 +263,8 @@ def sample_kernel(
     b_key = tl.minimum(first + i_tile * TILE + b_row, N - 1).to(tl.int64)
     if HAS_INDEX:
         tl.store(p_index + i_row * samples + k, tl.where(keyed, b_key, -1), mask=k < samples)
+    if HAS_ROWS:
+        b_key = tl.load(p_rows + i_b * N + b_key, mask=keyed, other=0).to(tl.int64)
 
     spoiled = peak == float("inf")
     p_value += tl.multiple_of(i_b * stride_vb + (i_h // G) * stride_vh, ALIGN)

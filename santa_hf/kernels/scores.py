@@ -30,6 +30,7 @@ def scores_kernel(
     p_key,  # (B, KVH, N, D)
     p_mask,  # (B, N) uint8
     p_span,  # (B, 2) int32, of `span_kernel`
+    p_rows,  # (B, N) int32 or int64, the row of p_key that holds a key
     p_exact,  # (B,) uint8, rows that are not drawn from
     p_stash,  # (B, KVH, n_tiles, G, TILE) fp16
     p_top,  # (B, KVH * G, n_tiles) float32
@@ -48,6 +49,7 @@ def scores_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     HAS_EXACT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
@@ -73,11 +75,18 @@ def scores_kernel(
         tl.store(p_done + i_head + o_g, tl.zeros([BLOCK_G], tl.int32), mask=in_g)
 
     start = i_tile * TILE
+    if HAS_MASK:
+        start += tl.load(p_span + 2 * i_b)
     visible = o_t < N - start
+    p_key += tl.multiple_of(i_b * stride_kb + i_kv * stride_kh, ALIGN)
+    if HAS_ROWS:  # asked for before the mask, so that the two are waited for at once
+        o_row = tl.load(p_rows + i_b * N + start + o_t, mask=visible, other=0).to(tl.int64)
+        o_row *= STRIDE_KN
+    else:
+        o_row = row_offsets(o_t, STRIDE_KN)
+        p_key += start.to(tl.int64) * STRIDE_KN
     if HAS_MASK:
         p_mask += i_b * stride_mb
-        start += tl.load(p_span + 2 * i_b)
-        visible = o_t < N - start
         o_mask = (start + o_t).to(tl.int64) * STRIDE_MN
         visible = visible & (tl.load(p_mask + o_mask, mask=visible, other=0) != 0)
         if tl.max(visible.to(tl.int32), axis=0) == 0:
@@ -87,9 +96,7 @@ def scores_kernel(
 
     p_query += tl.multiple_of(i_b * stride_qb + i_kv * G * stride_qh, ALIGN_Q)
     o_query = tl.multiple_of(o_g * stride_qh, ALIGN_Q)[:, None] + o_d[None, :]
-    p_key += tl.multiple_of(i_b * stride_kb + i_kv * stride_kh, ALIGN)
-    p_key += start.to(tl.int64) * STRIDE_KN
-    o_key = row_offsets(o_t, STRIDE_KN)[:, None] + o_d[None, :]
+    o_key = o_row[:, None] + o_d[None, :]
     # Keys are the left operand: a group of 4 heads then pads to the 8 columns of a tensor core
     # instruction, not to its 16 rows.
     b_dot = tl.zeros([TILE, BLOCK_G], tl.float32)
