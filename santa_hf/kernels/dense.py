@@ -20,11 +20,13 @@ def _walk(
     p_key,  # of the KV head
     p_value,
     p_mask,  # of the row
-    p_rows,
+    p_rows,  # of the row
     o_query,  # (BLOCK_G, BLOCK_D)
     o_dv,  # (BLOCK_DV,)
-    start,  # the first key
-    stop,  # behind the last
+    first,  # key of tile 0
+    stop,  # key behind the last
+    tile_start,
+    tile_stop,
     scale,
     softcap,
     STRIDE_KN: tl.constexpr,
@@ -42,7 +44,7 @@ def _walk(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Unnormalised output (BLOCK_G, BLOCK_DV), maximum and mass (BLOCK_G,) of the keys of a split.
+    """Unnormalised output (BLOCK_G, BLOCK_DV), maximum and mass (BLOCK_G,) of some tiles of the keys.
 
     Rows of V that the mask hides are loaded and count zero times, which makes the output NaN where one
     holds a NaN or an infinity; with SKIP_HIDDEN they are not loaded, and nothing is loaded ahead.
@@ -56,9 +58,8 @@ def _walk(
     b_out = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
     b_top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     b_mass = tl.zeros([BLOCK_G], tl.float32)
-    tiles = (stop - start + TILE - 1) // TILE
-    for i_tile in tl.range(0, tiles, num_stages=1 if SKIP_HIDDEN else None):
-        n = start + i_tile * TILE
+    for i_tile in tl.range(tile_start, tile_stop, num_stages=1 if SKIP_HIDDEN else None):
+        n = first + i_tile * TILE
         inside = o_t < stop - n
         visible = inside
         if HAS_MASK:
@@ -173,35 +174,36 @@ def dense_kernel(
     if HAS_ONLY:
         if tl.load(p_only + i_b) == 0:
             return
-    start, stop = 0 * N, N
+    first, stop = 0 * N, N
     if HAS_MASK:
         p_mask += i_b * stride_mb
-        start = tl.load(p_span + 2 * i_b)
+        first = tl.load(p_span + 2 * i_b)
         stop = tl.load(p_span + 2 * i_b + 1) + 1
-        # Empty slots of a cache are nobody's work.
-        split_tiles = ((stop - start + TILE - 1) // TILE + splits - 1) // splits
-    start += i_split * split_tiles * TILE
-    stop = min(stop, start + split_tiles * TILE)
-
+    tiles = (stop - first + TILE - 1) // TILE
+    if HAS_MASK:  # empty slots of a cache are nobody's work
+        split_tiles = tl.maximum((tiles + splits - 1) // splits, 1)
+    tile_start = i_split * split_tiles
+    tile_stop = min(tile_start + split_tiles, tiles)
     if HAS_ROWS:
         p_rows += i_b * N
+
     p_query += tl.multiple_of(i_b * stride_qb + i_kv * G * stride_qh, ALIGN_Q)
     o_query = tl.multiple_of(o_g * stride_qh, ALIGN_Q)[:, None] + o_d[None, :]
     p_key += tl.multiple_of(i_b * stride_kb + i_kv * stride_kh, ALIGN_K)
     p_value += tl.multiple_of(i_b * stride_vb + i_kv * stride_vh, ALIGN_V)
     b_out, b_top, b_mass = _walk(
-        p_query, p_key, p_value, p_mask, p_rows, o_query, o_dv, start, stop, scale, softcap,
-        STRIDE_KN, STRIDE_VN, STRIDE_MN, G, D, DV, HAS_MASK, HAS_ROWS, HAS_SOFTCAP, False,
-        TILE, BLOCK_G, BLOCK_D, BLOCK_DV,
+        p_query, p_key, p_value, p_mask, p_rows, o_query, o_dv, first, stop, tile_start, tile_stop,
+        scale, softcap, STRIDE_KN, STRIDE_VN, STRIDE_MN, G, D, DV, HAS_MASK, HAS_ROWS, HAS_SOFTCAP,
+        False, TILE, BLOCK_G, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     if HAS_MASK:
         # A load that waits for the mask is not pipelined, and zeroing rows afterwards takes them through
         # registers (H100, 32k keys: 126 and 75 us against 55), so that is for a hidden NaN alone.
         if tl.max((b_out != b_out).to(tl.int32)) != 0:
             b_out, b_top, b_mass = _walk(
-                p_query, p_key, p_value, p_mask, p_rows, o_query, o_dv, start, stop, scale, softcap,
-                STRIDE_KN, STRIDE_VN, STRIDE_MN, G, D, DV, HAS_MASK, HAS_ROWS, HAS_SOFTCAP, True,
-                TILE, BLOCK_G, BLOCK_D, BLOCK_DV,
+                p_query, p_key, p_value, p_mask, p_rows, o_query, o_dv, first, stop, tile_start,
+                tile_stop, scale, softcap, STRIDE_KN, STRIDE_VN, STRIDE_MN, G, D, DV, HAS_MASK, HAS_ROWS,
+                HAS_SOFTCAP, True, TILE, BLOCK_G, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
     o_split = (i_head + o_g) * splits + i_split
