@@ -262,7 +262,9 @@ def _implementations(
     yield "ours", "prop stratified", SAMPLES[0], santa(SAMPLES[0], "prop", "stratified")
     yield "ours", "prop multinomial", SAMPLES[0], santa(SAMPLES[0], "prop", "multinomial")
     if shape.context >= 32768:
-        yield "ours", "flash systematic", FLASH_SAMPLES, santa(FLASH_SAMPLES, "flash", "systematic")
+        for kernel in ("flash", "prop"):
+            call = santa(FLASH_SAMPLES, kernel, "systematic")
+            yield "ours", f"{kernel} systematic", FLASH_SAMPLES, call
 
 
 def _value_rows(inputs: Inputs, name: str, samples: int | None) -> int:
