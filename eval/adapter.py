@@ -289,7 +289,7 @@ def _arguments(prog: str, argv: Sequence[str]) -> argparse.Namespace:
         "--out", type=Path, default=Path("results/adapter"), help="default: %(default)s"
     )
     parser.add_argument(
-        "--seconds", type=float, default=330, help="of training; default: %(default)s"
+        "--seconds", type=float, default=520, help="of training; default: %(default)s"
     )
     parser.add_argument("--initial", type=Path, help="an adapter to go on from")
     parser.add_argument(
