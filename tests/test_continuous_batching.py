@@ -23,7 +23,7 @@ from transformers.generation.continuous_batching import continuous_api
 
 import santa_hf
 from santa_hf.integration import attention, paged
-from santa_hf.integration.compat import paged_storage
+from santa_hf.integration.compat import paged_layer, paged_storage
 from santa_hf.integration.paged import PAGED, santa_paged_attention
 from santa_hf.reference import in_order
 from santa_hf.stats import count_value_rows
@@ -291,6 +291,28 @@ def test_what_is_read_in_the_cache_is_what_would_be_gathered(
     assert rows_seen == {1, 2, 3}
     if DEVICE == "cpu":
         assert out == alone(model, prompts, new_tokens=5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_layers_that_cache_alike_share_the_plan_of_a_step(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made, calls, groups = paged._make_plan, [], [], set()
+
+    def counted(*args: Any) -> Any:
+        made.append(None)
+        return make(*args)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        groups.add(paged_layer(kwargs["cache"], args[0].layer_idx, kwargs)[0])
+        return santa_paged_attention(*args, **kwargs)
+
+    monkeypatch.setattr(paged, "_make_plan", counted)
+    monkeypatch.setitem(AttentionInterface._global_mapping, PAGED, watched)
+    together(tiny.use(tiny.shared(family), "santa", samples=4), max_batch_tokens=150)
+    assert len(made) / len(groups) == len(calls) / tiny.LAYERS > NEW_TOKENS
+    assert family != "llama" or len(groups) == 1
 
 
 def test_a_fallback_attends_to_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
@@ -63,7 +63,7 @@ def santa_paged_attention(
     """Attention function of Transformers' AttentionInterface for a paged cache.
 
     A step in which every sequence decodes does not wait for the device; one with a prefill reads the
-    lengths on the host, once per layer.
+    lengths on the host, once for all layers that cache alike.
 
     Args:
         module: the attention layer.
@@ -89,62 +89,101 @@ def santa_paged_attention(
         raise NotImplementedError(
             "continuous batching with santa runs without CUDA graphs: set use_cuda_graph=False"
         )
-    tokens = query.shape[2]
-    starts_q = kwargs["cu_seq_lens_q"]
-    longest_q = longest_query(kwargs)
-    position_ids = kwargs.get("position_ids")
-    group, starts_k, longest_k = paged_layer(cache, module.layer_idx, kwargs)
-    read, write = kwargs["read_index"][group], kwargs["write_index"][group]
+    layer, tokens = cast(int, module.layer_idx), query.shape[2]
     rest = {name: given for name, given in kwargs.items() if name not in _OF_THE_BATCH}
-    window = rest.get("sliding_window")
+    prefills, decodes, count = _plan(cache, layer, tokens, rest.get("sliding_window"), kwargs)
     attend: Any = functools.partial(
         santa_attention, module, dropout=dropout, scaling=scaling, santa=santa, **rest
     )
-
-    def update(new: Any, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out = query.new_empty(1, tokens, query.shape[1], value.shape[-1])
+    out[:, count:] = 0
+    for new, slots, write, mask in prefills:
         states = key[:, :, new], value[:, :, new]
-        return paged_update(cache, *states, module.layer_idx, slots, write[new], kwargs)
-
-    prompts = getattr(cache, "_santa_prompts", [])  # whether each sequence is at its prompt
-    out = None
-    new: Any  # where the tokens are that are attended from
-    if longest_q == 1 and starts_q.shape[0] == tokens + 1 and not any(prompts):
-        new, start, stop = slice(tokens), starts_k[:-1], starts_k[1:]
-    else:
-        q, k = starts_q.tolist(), starts_k.tolist()
-        prompts = [*prompts, *[False] * (len(q) - 1 - len(prompts))]  # empty ones follow
-        decoding = [i for i in range(len(q) - 1) if q[i + 1] - q[i] == 1 and not prompts[i]]
-        out = query.new_zeros(1, tokens, query.shape[1], value.shape[-1])
-        for i in range(len(q) - 1):
-            if q[i + 1] - q[i] > 1 or prompts[i]:
-                new = slice(q[i], q[i + 1])
-                keys, values = update(new, read[k[i] : k[i + 1]])
-                mask = _prefill_mask(q[i + 1] - q[i], keys.shape[2], window, query.device)
-                with prefilling():
-                    out[:, new] = attend(query[:, :, new], keys, values, mask)[0]
-        if not decoding:
-            return out, None
-        sequences = torch.tensor(decoding, device=query.device)
-        new, start, stop = starts_q[sequences].long(), starts_k[sequences], starts_k[sequences + 1]
-        longest_k = max(k[i + 1] - k[i] for i in decoding)
-    update(new, read[:0])
-    rows, mask = _decoding_rows(read, write[new], start, stop, longest_k, window)
-    keys, values = (
-        states.expand(len(rows), -1, -1, -1) for states in paged_storage(cache, module.layer_idx)
-    )
+        keys, values = paged_update(cache, *states, layer, slots, write, kwargs)
+        with prefilling():
+            out[:, new] = attend(query[:, :, new], keys, values, mask)[0]
+    if decodes is None:
+        return out, None
+    new, slots, write, mask = decodes
+    paged_update(cache, key[:, :, new], value[:, :, new], layer, slots[0, :0], write, kwargs)
+    keys, values = (states.expand(len(slots), -1, -1, -1) for states in paged_storage(cache, layer))
+    position_ids = kwargs.get("position_ids")
     sampled, _ = attend(
         query[:, :, new].transpose(0, 2),
         keys,
         values,
-        None if rows.shape == (1, len(read)) else mask,
-        rows=rows,
+        mask,
+        rows=slots,
         position_ids=None if position_ids is None else position_ids[:, new].view(-1, 1).long(),
     )
-    sampled = sampled.transpose(0, 1)
-    if out is None:
-        return sampled.contiguous(), None
-    out[:, new] = sampled
+    out[:, new] = sampled.transpose(0, 1)
     return out, None
+
+
+class _Tokens(NamedTuple):
+    """New tokens of a step that attend together, and the keys that they see."""
+
+    new: Any  # where they are among all new tokens: a slice, or an index (B,)
+    slots: torch.Tensor  # of the keys: (n,) for a sequence that prefills, (B, n) for B that decode
+    write: torch.Tensor  # the slots that their own keys take
+    mask: torch.Tensor | None  # bool (1, 1, queries, n), or (B, 1, 1, n)
+
+
+# The sequences that prefill, one by one, those that decode, if there are any, and new tokens in all.
+_Plan = tuple[list[_Tokens], _Tokens | None, int]
+
+
+def _plan(
+    cache: Any, layer: int, tokens: int, window: int | None, kwargs: Mapping[str, Any]
+) -> _Plan:
+    """What this step does in a layer. The first layer finds it out for all that share its slots and its
+    window; a layer that comes again has begun another step."""
+    group, starts, longest = paged_layer(cache, layer, kwargs)
+    read, write = kwargs["read_index"][group], kwargs["write_index"][group]
+    known = cache.__dict__.setdefault("_santa_plans", {})
+    plan, of, layers = known.get((group, window), (None, None, set()))
+    if plan is None or layer in layers or of[0] is not read or of[1] is not write:
+        prompts = getattr(cache, "_santa_prompts", [])  # whether each sequence is at its prompt
+        plan = _make_plan(read, write, starts, longest, tokens, window, prompts, kwargs)
+        layers = set()
+        known[group, window] = plan, (read, write), layers
+    layers.add(layer)
+    return plan
+
+
+def _make_plan(
+    read: torch.Tensor,
+    write: torch.Tensor,
+    starts_k: torch.Tensor,
+    longest_k: int,
+    tokens: int,
+    window: int | None,
+    prompts: list[bool],
+    kwargs: Mapping[str, Any],
+) -> _Plan:
+    starts_q = kwargs["cu_seq_lens_q"]
+    if longest_query(kwargs) == 1 and starts_q.shape[0] == tokens + 1 and not any(prompts):
+        new = slice(tokens)
+        start, stop = starts_k[:-1], starts_k[1:]
+        return [], _decodes(new, read, write[new], start, stop, longest_k, window), tokens
+    q, k = starts_q.tolist(), starts_k.tolist()
+    prompts = [*prompts, *[False] * (len(q) - 1 - len(prompts))]  # empty ones follow
+    prefills, decoding = [], []
+    for i in range(len(q) - 1):
+        if q[i + 1] - q[i] > 1 or prompts[i]:
+            new = slice(q[i], q[i + 1])
+            mask = _prefill_mask(q[i + 1] - q[i], k[i + 1] - k[i], window, read.device)
+            prefills.append(_Tokens(new, read[k[i] : k[i + 1]], write[new], mask))
+        elif q[i + 1] - q[i] == 1:
+            decoding.append(i)
+    if not decoding:
+        return prefills, None, q[-1]
+    sequences = torch.tensor(decoding, device=read.device)
+    index = starts_q[sequences].long()
+    start, stop = starts_k[sequences], starts_k[sequences + 1]
+    longest_k = max(k[i + 1] - k[i] for i in decoding)
+    decodes = _decodes(index, read, write[index], start, stop, longest_k, window)
+    return prefills, decodes, q[-1]
 
 
 def _prefill_mask(
@@ -161,19 +200,20 @@ def _prefill_mask(
     return visible[None, None]
 
 
-def _decoding_rows(
+def _decodes(
+    new: Any,
     read: torch.Tensor,
     write: torch.Tensor,
     start: torch.Tensor,
     stop: torch.Tensor,
     longest: int,
     window: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slots of the keys of sequences that decode, int (B, longest), and which of them are visible,
-    bool (B, 1, 1, longest).
+) -> _Tokens:
+    """Sequences that decode, (B,), as rows of one batch.
 
-    Those of a sequence stand in `read` from `start` to `stop`, (B,), the new token last, which is in the
-    slot `write`; only the last `window` of them are taken. Shorter sequences are padded with that slot.
+    The slots of a sequence's keys stand in `read` from `start` to `stop`, the new token last, which is
+    in the slot `write`; only the last `window` of them are taken. Shorter sequences are padded with that
+    slot.
     """
     if window is not None:
         start = torch.maximum(start, stop - window)
@@ -181,7 +221,8 @@ def _decoding_rows(
     index = start[:, None] + torch.arange(longest, device=start.device)
     stop = stop[:, None]
     rows = torch.where(index < stop - 1, read[index.clamp(max=len(read) - 1)], write[:, None])
-    return rows, (index < stop)[:, None, None]
+    mask = None if rows.shape == (1, len(read)) else (index < stop)[:, None, None]
+    return _Tokens(new, rows, write, mask)
 
 
 _Method = Callable[..., Any]
