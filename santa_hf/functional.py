@@ -187,8 +187,9 @@ def _is_index(rows: torch.Tensor, batch: int, device: torch.device) -> bool:
 
 
 def _is_row(mask: torch.Tensor, batch: int, length: int, device: torch.device) -> bool:
-    shapes = (batch, 1, 1, length), (1, 1, 1, length)
-    return mask.dtype == torch.bool and mask.shape in shapes and mask.device == device
+    # Not `in`, for which dynamo takes two symbols of one length for different ones.
+    row = mask.shape == (batch, 1, 1, length) or mask.shape == (1, 1, 1, length)
+    return row and mask.dtype == torch.bool and mask.device == device
 
 
 def _is_of_heads(sinks: torch.Tensor, heads: int, device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 import tiny
@@ -14,6 +15,8 @@ import santa_hf
 
 STEPS = 32
 PROMPT = 140
+MODEL: Any = None  # of test_one_step_traced_for_two_models: only globals that changed are symbols
+CACHE: Any = None
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +143,25 @@ def test_200_steps_compile_nothing_again(family: str, graphs: int) -> None:
             compile_config=compile_config,
         )  # fmt: skip
         assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_one_step_traced_for_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What differed is traced as a symbol the second time, and the length of a mask is still that of the
+    keys, although dynamo writes the two differently."""
+    for family in ("llama", "gemma3"):
+        model = tiny.use(tiny.shared(family), "santa", samples=8)
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        prompt = tiny.prompts(tiny.WINDOW)[0]
+        monkeypatch.setitem(globals(), "MODEL", model)
+        monkeypatch.setitem(globals(), "CACHE", cache)
+        step = torch.compile(
+            lambda token: MODEL(token, past_key_values=CACHE).logits,
+            fullgraph=True,
+            backend="eager",
+        )
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+            assert step(prompt[:, :1]).isfinite().all()
 
 
 def test_a_fallback_warns_when_its_graph_is_traced() -> None:

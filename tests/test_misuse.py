@@ -8,7 +8,14 @@ from contextlib import contextmanager
 import pytest
 import tiny
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+    WhisperConfig,
+    WhisperForCausalLM,
+)
 
 from santa_hf.integration.cache import InPlaceLayer, InPlaceSlidingWindowLayer
 
@@ -140,6 +147,21 @@ def test_a_cache_with_other_layers(family: str, layers: int, static: bool) -> No
 def test_a_cache_made_without_a_config_takes_any_layers(model: PreTrainedModel) -> None:
     deeper = tiny.use(tiny.build("llama", num_hidden_layers=5), "santa", samples=8)
     assert len(filled(deeper, DynamicCache()).layers) == 5
+
+
+def test_a_decoder_may_have_fewer_layers_than_its_encoder() -> None:
+    """The config of such a decoder counts those of the encoder, and its cache does not."""
+    config = WhisperConfig(
+        vocab_size=99, d_model=16, encoder_layers=4, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=8,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    model = WhisperForCausalLM(config).eval()
+    model.set_attn_implementation("santa")
+    cache = model(PROMPT[:, :5]).past_key_values
+    assert len(cache.layers) == 2
+    assert cache is model(PROMPT[:, :1], past_key_values=cache).past_key_values
+    assert cache.get_seq_length() == 6
 
 
 @pytest.mark.parametrize("queries", QUERIES[:2])

@@ -272,7 +272,7 @@ def _check_inputs(
             f"the query is {tuple(query.shape)}, and the cache holds keys {tuple(key.shape)}: batch "
             "and head size must agree; is it the cache of another model or batch?"
         )
-    if isinstance(mask, torch.Tensor) and mask.shape[-1] not in (1, key.shape[2]):
+    if isinstance(mask, torch.Tensor) and mask.shape[-1] != 1 and mask.shape[-1] != key.shape[2]:
         raise ValueError(
             f"attention_mask must end in the {key.shape[2]} keys of the cache, got {tuple(mask.shape)}"
         )
