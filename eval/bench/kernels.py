@@ -349,7 +349,8 @@ def _write(rows: Sequence[Row], path: Path) -> None:
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:
-    """Latency against context, one line per implementation."""
+    """Latency against context, one line per implementation: ours solid, dotted under a mask, the others
+    dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -359,13 +360,21 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     for row in rows:
         label = row.implementation + (f", S={row.samples}" if row.samples else "")
         lines.setdefault(label, []).append((row.context, row.us_p50))
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    colours = [
+        plt.colormaps[name](i)
+        for name, count in (("tab10", 10), ("Dark2", 8))
+        for i in range(count)
+    ]
+    axes.set_prop_cycle(color=colours)
     for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
+        ours = label.startswith(("prop", "flash sys", "dense"))
+        style = ":" if "(mask)" in label else "-" if ours else "--"
+        axes.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=3, label=label)
     axes.set(xscale="log", yscale="log", xlabel="context (keys)", ylabel="microseconds per call")
     axes.set_xscale("log", base=2)
     axes.set_title(f"{rows[0].model} heads, batch {rows[0].batch}, {rows[0].gpu}", fontsize=9)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
