@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["WEIGHTS", "commit", "cpu_model", "versions", "weights"]
+__all__ = ["WEIGHT_HASHES", "commit", "cpu_model", "versions", "weights"]
 
-WEIGHTS = ("model_sha256", "adapter_sha256")  # what `weights` gives
+WEIGHT_HASHES = ("model_sha256", "adapter_sha256")  # what `weights` gives
 
 
 def cpu_model() -> str:
@@ -53,7 +53,7 @@ def commit() -> str | None:
 def weights(model: Mapping[str, Any]) -> dict[str, str | None]:
     """Hashes of the weights in the local directories that a run's `model` names."""
     hashes = (_weights_hash(model["name"]), _weights_hash(model.get("adapter")))
-    return dict(zip(WEIGHTS, hashes, strict=True))
+    return dict(zip(WEIGHT_HASHES, hashes, strict=True))
 
 
 def _weights_hash(directory: str | None) -> str | None:

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli import CommandError
+from .provenance import WEIGHT_HASHES
 
 __all__ = [
     "WEIGHTS",
@@ -63,7 +64,7 @@ __all__ = [
 
 FORMAT = 1
 # What of a result's provenance says which weights answered.
-WEIGHTS = ("model_sha256", "adapter_sha256", "model_revision")
+WEIGHTS = (*WEIGHT_HASHES, "model_revision")
 
 
 @dataclass(frozen=True)

@@ -419,7 +419,7 @@ class _TaskRunner:
 
     def _keep(self, arm: Arm, seed: int, new: Progress) -> None:
         documents = self.work.documents
-        weights = {name: self.header.provenance.get(name) for name in provenance.WEIGHTS}
+        weights = {name: self.header.provenance.get(name) for name in provenance.WEIGHT_HASHES}
         of = _belongs(documents, arm, self.header, weights)
         try:
             partial.save(self.directory, documents.task.key, arm.name, seed, of, new)

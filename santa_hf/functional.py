@@ -257,7 +257,7 @@ def _implementation(
     what the reference draws, which "prop" does, and below the crossover with dense attention (4k keys
     at batch 1 on an H100, eval/bench/results) the choice is `min_context`, not another kernel.
     """
-    # Latents are not read through rows.
+    assert rows is None or rotary_key is None, "latents are not read through rows"
     parts: dict[str, Any] = {"rows": rows} if rotary_key is None else {"rotary_key": rotary_key}
     if kernel == "reference" or (kernel == "auto" and query.device.type != "cuda"):
         return partial(reference.decode, **parts)

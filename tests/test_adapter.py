@@ -54,9 +54,11 @@ def split(tokenizer: Any, example: Example) -> tuple[str, list[tuple[str, str]]]
 def test_sequences_fit_and_targets_are_what_comes_next(
     source: Source, tokenizer: Any, task: str, length: int
 ) -> None:
+    # A solved example of 400 tokens leaves next to no room for a second one in 512.
+    least = 0.25 if (task, length) == ("variables", 512) else 0.6
     for _ in range(3):
         example = draw(source, task, length)
-        assert length / 4 < len(example.token_ids) <= length
+        assert least * length < len(example.token_ids) <= length
         for target in example.targets:
             assert example.token_ids[target.position + 1] in target.tokens
         # A prompt is tokenised as one text, as in an evaluation.
@@ -255,7 +257,9 @@ def test_wording_is_that_of_lm_evals_prompts(
         first, last = prompt.split("\n")[0], prompt[prompt.rfind("\n") + 1 :]
         if "magic" not in first:  # the context may begin on the first line
             first = first[:60]
-        return first, re.sub(r"\d{5,}|\w+-[\w-]+", "#", last)
+        # Some of RULER's words have spaces, hyphens or apostrophes.
+        last = re.sub(r"(, and |, |for )(?!and )[^,]+?(?=,| mentioned)", r"\1#", last)
+        return first, re.sub(r"\d{5,}", "#", last)
 
     source = Source(tokenizer, PROSE, seed=2)
     drawn: dict[str, set[tuple[str, str]]] = {}

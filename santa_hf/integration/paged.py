@@ -161,6 +161,7 @@ def _make_plan(
     prompts: list[bool],
     kwargs: Mapping[str, Any],
 ) -> _Plan:
+    """From the slots of a group of layers; `prompts` says which sequences are at their prompt."""
     starts_q = kwargs["cu_seq_lens_q"]
     if longest_query(kwargs) == 1 and starts_q.shape[0] == tokens + 1 and not any(prompts):
         new = slice(tokens)

@@ -281,9 +281,8 @@ def _dense(
     block_d, block_dv = _one_pass_blocks(query, value_dim, block_g)
     tile_bytes = DENSE_TILE * (dim + block_dv) * query.element_size()
     value_blocks = ceil_div(value_dim, block_dv)
-    tiles, most = ceil_div(length, DENSE_TILE), _most_splits(kv_heads * value_blocks, query.device)
-    split_tiles = ceil_div(tiles, most)
-    splits = ceil_div(tiles, split_tiles)
+    most = _most_splits(kv_heads * value_blocks, query.device)
+    split_tiles, splits = _splits(length, DENSE_TILE, most)
     partial, top, mass = partials(out, splits)
     scale, cap = _exponent_scale(scaling, softcap)
     with on_device(query):
@@ -343,10 +342,8 @@ def _flash(
     block_g = min(_block_of_group(group), FLASH_GROUP)
     block_d, block_dv = _one_pass_blocks(query, value_dim, block_g)
     value_blocks, group_blocks = ceil_div(value_dim, block_dv), ceil_div(group, block_g)
-    tiles = ceil_div(length, FIXED_TILE)
     most = _most_splits(kv_heads * value_blocks * group_blocks, query.device)
-    split_tiles = ceil_div(tiles, most)
-    splits = ceil_div(tiles, split_tiles)
+    split_tiles, splits = _splits(length, FIXED_TILE, most)
     partial, top, mass = partials(out, splits)
     scale, cap = _exponent_scale(scaling, softcap)
     with on_device(query):
@@ -438,6 +435,13 @@ def _most_splits(programs: int, device: torch.device) -> int:
     """Splits of a long row, with `programs` for each: by the layer's shape and the GPU, never by the
     batch, so that a row is computed alike alone and in a batch."""
     return triton.next_power_of_2(ceil_div(SPLIT_WAVES * processors(device), programs))
+
+
+def _splits(length: int, tile: int, most: int) -> tuple[int, int]:
+    """Tiles of a split, and splits, at most `most`, of a row of `length` keys."""
+    tiles = ceil_div(length, tile)
+    split_tiles = ceil_div(tiles, most)
+    return split_tiles, ceil_div(tiles, split_tiles)
 
 
 @cache
