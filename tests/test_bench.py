@@ -25,9 +25,12 @@ def test_decode_benchmark(tmp_path: Path) -> None:
     decode.main(
         "bench decode", [*arguments, "--cases", "150x2", "--arms", "santa*", "launch floor"]
     )
-    decode.main("bench decode", [*arguments, "--cases", "150x2", "--arms", "sdpa*"])
+    decode.main(
+        "bench decode", [*arguments, "--cases", "150x2", "--arms", "sdpa*", "--rounds", "2"]
+    )
     rows = decode._read_rows(tmp_path / "decode.csv")
     assert sorted(row.arm for row in rows) == sorted([*CPU_ARMS, decode.LAUNCH_FLOOR])
+    assert all(row.steps == (6 if row.arm.startswith("sdpa") else 3) for row in rows)
     assert all(row.ms_p20 <= row.ms_p50 <= row.ms_p80 for row in rows)  # type: ignore[operator]
     assert {row.context for row in rows} == {150, decode.FLOOR_CONTEXT}
     assert (tmp_path / "decode.png").stat().st_size > 1000
@@ -45,8 +48,9 @@ def test_a_compiled_arm_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> No
     filled, make = [], decode._filled
     monkeypatch.setattr(decode, "_filled", lambda *args: filled.append(make(*args)) or filled[-1])
     waiting, deferred = decode.measure(model, arm, 2, 150, 3)
-    assert waiting.keys() == deferred.keys() == {"ms_p20", "ms_p50", "ms_p80"}
-    assert waiting != deferred
+    assert waiting.fields().keys() == {"steps", "ms_p20", "ms_p50", "ms_p80"}
+    assert waiting.times != deferred.times
+    assert len(waiting.times) == len(deferred.times) == 3
     (cache,) = filled
     steps = decode.WARM_UP + 3 + 2 + decode.PROFILED
     assert cache.get_seq_length() == 150 + 2 * steps

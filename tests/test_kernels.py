@@ -199,9 +199,9 @@ def kernel_softmax(
     """The weights that pass 1 leaves, exactly, in the reference's form."""
     batch, heads = query.shape[:2]
     mask, span = launch.visible(keywords["mask"], batch, True)
-    stash, top, total, done = launch.scores(
+    stash, top, total, done, parts = launch.scores(
         query, key, scaling=keywords["scaling"], mask=mask, span=span,
-        softcap=keywords.get("softcap"),
+        softcap=keywords.get("softcap"), parts=True,
     )  # fmt: skip
     assert not done.any()
     shape = (batch, key.shape[1], heads // key.shape[1])
@@ -212,6 +212,9 @@ def kernel_softmax(
     weight = torch.where(empty[..., None], 0.0, stash.double())
     units = (weight * 2**23).round().long()
     assert torch.equal(units.sum(-1), total.long())
+    assert parts is not None
+    parts = parts.transpose(2, 3).flatten(1, 2).masked_fill(empty[..., None], 0)
+    assert torch.equal(units.unflatten(-1, (-1, launch.PART)).sum(-1), parts.long())
     peak = top.amax(-1, keepdim=True).double()
     sinks, sink = keywords.get("sinks"), None
     if sinks is not None:
@@ -438,6 +441,26 @@ def assert_output_is_the_mean(
     assert (error <= bound).all()
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("mask", [None, "both", "hidden tiles"])
+def test_sums_of_parts_change_no_draw(
+    monkeypatch: pytest.MonkeyPatch, mask: str | None, estimator: str
+) -> None:
+    """With many draws pass 1 leaves sums of parts for pass 2, which otherwise forms them itself."""
+    query, key, value, keywords = case((2, 6, 2, 700, 64, 40, F16), mask)
+    keywords = with_extras(keywords, query, EXTRAS)
+    keywords["estimator"] = estimator
+    for samples in (1, 33, 600):
+        keywords["samples"] = samples
+        results = []
+        for most in (0, samples):  # draws up to which there are no sums
+            monkeypatch.setattr(launch, "SOME_DRAWS", most)
+            results.append(kernel_draws(query, key, value, keywords))
+        (out, index), (_, expected) = results
+        assert torch.equal(index, expected)
+        assert_output_is_the_mean(out, index, value, samples)
+
+
 @pytest.mark.parametrize("estimator", ["systematic", "dense"])
 def test_sinks_may_be_strided_and_of_16_bits(estimator: str) -> None:
     """The logit of a sink is widened before anything is computed with it."""
@@ -511,7 +534,9 @@ def test_any_case_equals_the_reference(data: st.DataObject) -> None:
     )
     keywords = with_extras(keywords, query, data.draw(some_extras))
     keywords["estimator"] = data.draw(st.sampled_from(ESTIMATORS))
-    keywords["samples"] = data.draw(st.sampled_from([1, 2, 31, 32, 33, 130 if CUDA else 65]))
+    keywords["samples"] = data.draw(
+        st.sampled_from([1, 2, 31, 32, 33, 65, *([130, 700] if CUDA else [])])
+    )
     assert_prop_matches(query, key, value, keywords)
 
 
@@ -958,7 +983,7 @@ def test_hidden_tiles_are_skipped_and_change_no_bit(estimator: str) -> None:
     mask[..., hidden] = False
     keywords.update(estimator=estimator, position=torch.tensor([599], device=DEVICE))
     rows, span = launch.visible(mask, 1, True)
-    stash, top, total, _ = launch.scores(
+    stash, top, total, *_ = launch.scores(
         query, key, scaling=keywords["scaling"], mask=rows, span=span
     )
     assert stash[:, :, 1:3].isnan().all()
@@ -1218,7 +1243,7 @@ def test_a_growing_context_compiles_once(kernel: str, scored: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", list(KERNELS))
-@pytest.mark.parametrize("samples", [34, 300])
+@pytest.mark.parametrize("samples", [34, 300, 513])
 def test_workspaces_take_the_bytes_of_the_formula(kernel: str, samples: int) -> None:
     """As `launch` documents them: bytes asked for at once, with nothing else on the device."""
     batch, heads, length, value_dim = 3, 8, 5000, 80
@@ -1233,9 +1258,10 @@ def test_workspaces_take_the_bytes_of_the_formula(kernel: str, samples: int) -> 
     workspace = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     workspace -= out.numel() * out.element_size()
     if kernel == "prop":
-        chunks = -(-samples // (16 if samples <= 128 else 32))
+        chunks = -(-samples // {34: 16, 300: 32, 513: 64}[samples])
+        tile_bytes = 264 if samples <= 512 else 296
         tiles = -(-length // 128)
-        assert workspace == batch * heads * (264 * tiles + 4 * value_dim * chunks + 4)
+        assert workspace == batch * heads * (tile_bytes * tiles + 4 * value_dim * chunks + 4)
     else:
         splits, rest = divmod(workspace, batch * heads * (4 * value_dim + 8))
         processors = torch.cuda.get_device_properties(0).multi_processor_count

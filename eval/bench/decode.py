@@ -238,6 +238,33 @@ def _class_of(kernel: str) -> str:
     return "other"
 
 
+@dataclass
+class Measured:
+    """Steps of one arm.
+
+    Attributes:
+        times: milliseconds of each step.
+        parts: milliseconds of GPU time per step by class of kernel, without a GPU none.
+        peak: most bytes allocated on the GPU.
+    """
+
+    times: list[float]
+    parts: dict[str, float] | None
+    peak: int
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of `Row` that are measured."""
+        p20, p50, p80 = (statistics.quantiles(self.times, n=10)[i] for i in (1, 4, 7))
+        fields: dict[str, Any] = {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80}
+        if self.parts is not None:
+            fields |= {f"ms_{kind}": spent for kind, spent in self.parts.items()}
+            fields["ms_idle"] = max(0.0, p50 - sum(self.parts.values()))
+            fields["peak_gb"] = self.peak / 1e9
+        return {name: round(value, 3) for name, value in fields.items()} | {
+            "steps": len(self.times)
+        }
+
+
 class _OwnCache(StaticCache):
     """Counts as generate's own, not as one to return: nothing here stops early and is undone."""
 
@@ -273,7 +300,9 @@ def _settle(model: PreTrainedModel, turns: Turns) -> None:
     """Decode until steps no longer get faster: the first seconds of a process load libraries."""
     times = [float("inf")]
     for _ in range(6):
-        times.append(measure(model, ARMS[0], 1, FLOOR_CONTEXT, 8, turns)[0]["ms_p50"])
+        times.append(
+            statistics.median(measure(model, ARMS[0], 1, FLOOR_CONTEXT, 8, turns)[0].times)
+        )
         if times[-1] > 0.97 * min(times[:-1]):
             break
 
@@ -289,8 +318,8 @@ def _free(model: PreTrainedModel) -> None:
 
 def measure(
     model: Any, arm: Arm, batch: int, context: int, steps: int, turns: Turns | None = None
-) -> list[dict[str, Any]]:
-    """Decode with one arm: the fields of `Row` that are measured; compiled, also with a deferred stop.
+) -> list[Measured]:
+    """Decode with one arm; compiled, also with a deferred stop.
 
     Args:
         model: as made by `build`; its attention is set here.
@@ -322,21 +351,11 @@ def measure(
                 disable_compile=not arm.compiled,
                 stopping_criteria=[clock],
             )
-        measured.append(_fields(clock))
+        parts = clock.parts() if cuda else None
+        peak = torch.cuda.max_memory_allocated() if cuda else 0
+        measured.append(Measured(clock.milliseconds(), parts, peak))
     turns.take(fcntl.LOCK_UN)
     return measured
-
-
-def _fields(clock: _Clock) -> dict[str, Any]:
-    times = clock.milliseconds()
-    p20, p50, p80 = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
-    fields: dict[str, Any] = {"ms_p20": p20, "ms_p50": p50, "ms_p80": p80}
-    if clock.profile is not None:
-        parts = clock.parts()
-        fields |= {f"ms_{kind}": spent for kind, spent in parts.items()}
-        fields["ms_idle"] = max(0.0, p50 - sum(parts.values()))
-        fields["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return {name: round(value, 3) for name, value in fields.items()}
 
 
 def _bandwidth() -> float:
@@ -506,6 +525,9 @@ def main(prog: str, argv: Sequence[str]) -> None:
         "--arms", nargs="+", metavar="PATTERN", default=["*"], help='for example "santa*, static*"'
     )
     parser.add_argument("--steps", type=int, default=24, help="timed steps, default %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="times that eager arms have their turn, default 1"
+    )
     parser.add_argument("--seconds", type=float, help="start no arm after this time")
     parser.add_argument(
         "--turns", type=Path, help="a file by which processes on one GPU take turns"
@@ -515,6 +537,8 @@ def main(prog: str, argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.steps < 2:
         parser.error("--steps must be at least 2")
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
     cuda = torch.cuda.is_available()
     if not (cuda or arguments.tiny):
         raise CommandError("the model of this benchmark needs a GPU; --tiny runs without one")
@@ -533,17 +557,16 @@ def main(prog: str, argv: Sequence[str]) -> None:
         print(
             f"{torch.cuda.get_device_name()}: one read at {bandwidth / 1e12:.2f} TB/s", flush=True
         )
-    measured = set()
-    plan = list(_arms(arguments.cases, arguments.arms))
+    times: dict[tuple[int, int, str], list[float]] = {}
+    plan = list(dict.fromkeys(_arms(arguments.cases, arguments.arms)))
+    eager = [case for case in plan if not case[-1].compiled]
+    plan = eager * (arguments.rounds - 1) + plan
     if cuda and not all(arm.compiled for *_, arm in plan):
         _settle(model, turns)
     for context, batch, name, arm in plan:
         if arguments.seconds and time.perf_counter() - started > arguments.seconds:
             print(f"no time left at {context} x {batch}, {name}", file=sys.stderr)
             break
-        if (context, batch, name) in measured:
-            continue
-        measured.add((context, batch, name))
         if arm.attention == "flash_attention_2" and not is_flash_attn_2_available():
             continue
         if arm.compiled and not cuda:
@@ -563,18 +586,21 @@ def main(prog: str, argv: Sequence[str]) -> None:
         if bandwidth:
             floors = _floors(model, batch, context, bandwidth)
             row.floor_ms, row.dense_floor_ms = (round(floor, 3) for floor in floors)
-        found: list[dict[str, Any]] = [{}]
+        found: list[Measured | None] = [None]
         if cuda and _needed_bytes(model, batch, context) > torch.cuda.mem_get_info()[1]:
             row.error = "does not fit"
         else:
             try:
-                found = measure(model, arm, batch, context, arguments.steps, turns)
+                found = [*measure(model, arm, batch, context, arguments.steps, turns)]
             except torch.OutOfMemoryError as error:
                 row.error = f"out of memory: {str(error).splitlines()[0][:80]}"
-        for fields_found, suffix in zip(found, ("", DEFERRED), strict=False):
-            one = replace(row, arm=name + suffix, **fields_found)
+        for steps, suffix in zip(found, ("", DEFERRED), strict=False):
+            key = (context, batch, name + suffix)
+            one = replace(row, arm=name + suffix)
+            if steps is not None:
+                steps.times = times[key] = times.get(key, []) + steps.times
+                one = replace(one, **steps.fields())
             _report(one)
-            key = (context, batch, one.arm)
             rows = [r for r in rows if (r.context, r.batch, r.arm) != key] + [one]
         if path:
             _write(rows, path)

@@ -451,7 +451,7 @@ def scores(
     mask: torch.Tensor | None,
     span: torch.Tensor | None,
     exact: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> launch.Weights:
     """Pass 1 over latents; arguments and results as in `launch.scores`."""
     batch, heads = query.shape[:2]
     length, rank = key.shape[2:]
@@ -484,4 +484,4 @@ def scores(
             num_stages=SCORE_STAGES,
             **launch.dependent(device),
         )  # fmt: skip
-    return stash, top, total, done
+    return launch.Weights(stash, top, total, done)

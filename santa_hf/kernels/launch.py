@@ -2,14 +2,16 @@
 
 Workspaces come from PyTorch's caching allocator at every call, so that layers and steps reuse the same
 blocks, CUDA graphs keep them in their own pool, and streams and devices never share one. In bytes, with
-T = ceil(N / 128) tiles and C chunks of 16 draws (of 32 with more than 128 samples):
+T = ceil(N / 128) tiles and C chunks of 16, 32 or 64 draws (from 1, 129 and 513 samples on):
 
     prop          B H (264 T + 4 Dv C + 4)    264 T = about 2 bytes a key and query head
+                                              (296 T from 513 samples on)
     dense, flash  B H (4 Dv + 8) splits       splits <= 2 * multiprocessors
 """
 
 import os
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -36,6 +38,8 @@ SCORE_WARPS = 8
 PART = 16  # keys of a tile that a draw passes at a time
 FEW_TILES, MANY_TILES = 64, 256  # tiles that pass 2 walks over at a time, by the length of the row
 MERGE_CHUNKS = 16  # partial sums of a head that are added at a time
+FEW_DRAWS = 128  # up to which a program of pass 2 takes 16 draws
+SOME_DRAWS = 512  # up to which it takes 32; beyond, pass 1 leaves sums of parts, and it takes 64
 SPLIT_WAVES = 1  # programs a multiprocessor that the splits of one row aim at
 FLASH_WARPS = 4
 FLASH_GROUP = 16  # query heads of a program at most
@@ -44,6 +48,24 @@ DENSE_STAGES = 2
 DENSE_WARPS = 8
 COMBINE_SPLITS, COMBINE_COLUMNS = 128, 32  # splits at a time at most, columns of V at least
 COMBINE_SIZE, COMBINE_WARPS = 512, 1  # sums of a program
+
+
+class Weights(NamedTuple):
+    """What pass 1 leaves of every tile, see `scores_kernel`.
+
+    Attributes:
+        stash: weights, float16 (B, KVH, T, G, TILE).
+        top: largest exponent, float32 (B, H, T); -inf where no key is visible.
+        total: sum of the weights in units of 2**-23, int32 (B, H, T); 0 where no key is visible.
+        done: zeros for pass 2 to count in, int32 (B, H).
+        parts: sums of PART weights in the same units, int32 (B, KVH, T, G, TILE // PART), if asked for.
+    """
+
+    stash: torch.Tensor
+    top: torch.Tensor
+    total: torch.Tensor
+    done: torch.Tensor
+    parts: torch.Tensor | None = None
 
 
 def why_not(
@@ -79,13 +101,9 @@ def scores(
     exact: torch.Tensor | None = None,
     softcap: float | None = None,
     rows: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pass 1, see `scores_kernel`; `span` is that of the mask, rows that are `exact` are skipped.
-
-    Returns:
-        stash float16 (B, KVH, T, G, TILE), top float32 (B, H, T), total int32 (B, H, T), and done int32
-        (B, H) of zeros. A tile without a visible key has top -inf and total 0.
-    """
+    parts: bool = False,
+) -> Weights:
+    """Pass 1, see `scores_kernel`; `span` is that of the mask, rows that are `exact` are skipped."""
     batch, heads, _, dim = query.shape
     kv_heads, length = key.shape[1], length_of(key, rows)
     n_tiles = ceil_div(length, TILE)
@@ -95,11 +113,14 @@ def scores(
     top = torch.empty(tiles, dtype=torch.float32, device=device)
     total = torch.empty(tiles, dtype=torch.int32, device=device)
     done = torch.empty(batch, heads, dtype=torch.int32, device=device)
+    part = None
+    if parts:
+        part = torch.empty(*group[:-1], TILE // PART, dtype=torch.int32, device=device)
     scale, cap = _exponent_scale(scaling, softcap)
     with on_device(query):
         scores_kernel[(n_tiles, kv_heads, batch)](
-            query, key, mask, span, _contiguous(rows), as_bytes(exact), stash, top, total, done, scale,
-            cap, length,
+            query, key, mask, span, _contiguous(rows), as_bytes(exact), stash, part, top, total, done,
+            scale, cap, length,
             query.stride(0), query.stride(1), key.stride(0), key.stride(1), mask_stride(mask, 0),
             STRIDE_KN=key.stride(2),
             STRIDE_MN=mask_stride(mask, 1),
@@ -109,7 +130,9 @@ def scores(
             HAS_ROWS=rows is not None,
             HAS_EXACT=exact is not None,
             HAS_SOFTCAP=softcap is not None,
+            HAS_PARTS=parts,
             TILE=TILE,
+            PART=PART,
             ALIGN_Q=alignment(query),
             ALIGN=alignment(key),
             BLOCK_G=_block_of_group(heads // kv_heads),
@@ -118,7 +141,7 @@ def scores(
             num_stages=1,
             **dependent(device),
         )  # fmt: skip
-    return stash, top, total, done
+    return Weights(stash, top, total, done, part)
 
 
 def prop(
@@ -146,8 +169,9 @@ def prop(
     """
     mask, span = visible(mask, query.shape[0], position is None or exact is not None)
     weights = scores(
-        query, key, scaling=scaling, mask=mask, span=span, exact=exact, softcap=softcap, rows=rows
-    )
+        query, key, scaling=scaling, mask=mask, span=span, exact=exact, softcap=softcap, rows=rows,
+        parts=samples > SOME_DRAWS,
+    )  # fmt: skip
     out = query.new_empty(*query.shape[:3], value.shape[3])
     sample(
         value, span, weights, out, samples=samples, estimator=estimator, seed=seed, layer=layer,
@@ -164,7 +188,7 @@ def prop(
 def sample(
     value: torch.Tensor,
     span: torch.Tensor | None,
-    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    weights: Weights,
     out: torch.Tensor,
     *,
     samples: int,
@@ -179,10 +203,10 @@ def sample(
     index: torch.Tensor | None = None,
 ) -> None:
     """Pass 2, see `sample_kernel`: draws from the `weights` that `scores` left, into `out`."""
-    stash, top, total, done = weights
+    stash, top, total, done, parts = weights
     batch, heads = out.shape[:2]
     kv_heads, length, value_dim = value.shape[1], length_of(value, rows), value.shape[3]
-    blocks = _sample_blocks(samples)
+    blocks = _sample_blocks(samples, parts is not None)
     chunks = ceil_div(samples, blocks["BLOCK_S"])
     partial = out
     if chunks > 1:
@@ -191,7 +215,7 @@ def sample(
     with on_device(out):
         sample_kernel[(chunks, heads, batch)](
             value, span, _contiguous(rows), as_bytes(exact), _contiguous(sinks), row_seed,
-            _per_row(position, batch), stash, top, total, done, partial, index, out,
+            _per_row(position, batch), stash, parts, top, total, done, partial, index, out,
             seed, length - 1, layer, head_offset, samples, length, top.shape[2],
             value.stride(0), value.stride(1),
             STRIDE_VN=value.stride(2),
@@ -204,6 +228,7 @@ def sample(
             HAS_SEED=row_seed is not None,
             HAS_POSITION=position is not None,
             HAS_INDEX=index is not None,
+            HAS_PARTS=parts is not None,
             ESTIMATOR=estimator,
             GRID=int(Stream.GRID),
             TILE_OFFSET=int(Stream.TILE),
@@ -493,15 +518,15 @@ def _block_of_group(group: int) -> int:
 
 
 @cache
-def _sample_blocks(samples: int) -> dict[str, int]:
+def _sample_blocks(samples: int, parts: bool) -> dict[str, int]:
     """Draws of a program of pass 2, chunks merged and tiles walked at a time: by the budget alone, so
     that a row is summed alike in any batch.
 
     One warp needs no barrier between its steps, which wait for each other.
     """
-    few = samples <= 128
+    few = samples <= FEW_DRAWS
     return {
-        "BLOCK_S": 16 if few else 32,
+        "BLOCK_S": 16 if few else 64 if parts else 32,
         "BLOCK_C": MERGE_CHUNKS // 2 if few else MERGE_CHUNKS,
         "BLOCK_T": MANY_TILES,
         "LOG2_BLOCK_T": MANY_TILES.bit_length() - 1,

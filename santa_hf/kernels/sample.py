@@ -157,6 +157,7 @@ def sample_kernel(
     p_seed,  # (B,) int64
     p_position,  # (B,) int64
     p_stash,  # (B, KVH, n_tiles, G, TILE) fp16
+    p_parts,  # (B, KVH, n_tiles, G, TILE // PART) int32, sums of PART weights
     p_top,  # (B, KVH * G, n_tiles) float32
     p_total,  # (B, KVH * G, n_tiles) int32
     p_done,  # (B, KVH * G) int32, zero
@@ -182,6 +183,7 @@ def sample_kernel(
     HAS_SEED: tl.constexpr,
     HAS_POSITION: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
     ESTIMATOR: tl.constexpr,
     GRID: tl.constexpr,  # the streams of the counter RNG
     TILE_OFFSET: tl.constexpr,
@@ -237,12 +239,19 @@ def sample_kernel(
     whole = tl.maximum(total, 1).to(tl.float64)
     # Nothing is read for the sink (all tiles passed) or where nothing has mass.
     keyed = (k < tl.where(total > 0, samples, 0)) & (i_tile < n_tiles)
-    # The row inside the tile: an exact integer prefix over parts of it, then inside one part, whose
-    # weights are read again (from L1) so that a draw's prefix takes 8 + 16 sums instead of 128.
-    b_whole = tl.load(p_total + i_tile, mask=keyed, other=1)
+    # The row inside the tile: an exact integer prefix over parts of it, then inside one part, so that a
+    # draw's prefix takes 8 + 16 sums instead of 128. Without the sums that pass 1 may leave, they are
+    # formed here, and the weights of the one part are read again, from L1.
     p_tile = p_stash + i_tile.to(tl.int64) * (G * TILE)
-    o_r, o_p = tl.arange(0, TILE), tl.arange(0, PART)
-    b_weight = tl.load(p_tile[:, None] + o_r[None, :], mask=keyed[:, None], other=0.0)
+    o_r, o_p, o_part = tl.arange(0, TILE), tl.arange(0, PART), tl.arange(0, TILE // PART)
+    if HAS_PARTS:
+        p_parts += ((i_row - i_h % G) * n_tiles + i_h % G) * (TILE // PART)
+        p_part = p_parts + i_tile.to(tl.int64) * (G * (TILE // PART))
+        b_units = tl.load(p_part[:, None] + o_part[None, :], mask=keyed[:, None], other=0)
+        b_whole = tl.maximum(tl.sum(b_units, axis=1), 1)
+    else:
+        b_whole = tl.load(p_total + i_tile, mask=keyed, other=1)
+        b_weight = tl.load(p_tile[:, None] + o_r[None, :], mask=keyed[:, None], other=0.0)
     if SYSTEMATIC:
         within = uniform(seed, layer, head, position, i_tile, TILE_OFFSET)
         fraction = ((k - b_start).to(tl.float64) + within) / tl.maximum(b_stop - b_start, 1)
@@ -250,10 +259,13 @@ def sample_kernel(
         width = tl.maximum(b_stop - b_start, 1).to(tl.float64)
         fraction = (point * whole - b_start.to(tl.float64)) / width
     b_unit = tl.minimum((fraction * b_whole).to(tl.int32), b_whole - 1)
-    b_parts = weight_units(b_weight.to(tl.float32)).reshape(BLOCK_S, TILE // PART, PART)
-    b_end = tl.cumsum(tl.sum(b_parts, axis=2), axis=1)
+    if not HAS_PARTS:
+        b_units = weight_units(b_weight.to(tl.float32)).reshape(BLOCK_S, TILE // PART, PART)
+        b_units = tl.sum(b_units, axis=2)
+    b_end = tl.cumsum(b_units, axis=1)
     b_passed = b_end <= b_unit[:, None]
-    b_row = tl.sum(b_passed.to(tl.int32), axis=1) * PART
+    # It passes all parts only if NaNs made their sums overflow: nothing is read behind the tile then.
+    b_row = tl.minimum(tl.sum(b_passed.to(tl.int32), axis=1), TILE // PART - 1) * PART
     b_unit -= tl.max(tl.where(b_passed, b_end, 0), axis=1)
     b_weight = tl.load(
         p_tile[:, None] + b_row[:, None] + o_p[None, :], mask=keyed[:, None], other=0.0

@@ -6,6 +6,8 @@ For each tile of TILE keys, counted from the row's first visible key, with s in 
     weight = fp16(2 ** (s - top))         in [0, 1]
     total  = sum of round(2**23 * weight) at most 2**30: exact in int32, whatever the order
 
+For pass 2 with many draws it also leaves the sums of every PART weights, in the same units.
+
 The draws of pass 2 are exactly unbiased for the rounded weights. A program owns one tile, so a row's
 result is bitwise the same alone and in any batch.
 """
@@ -33,6 +35,7 @@ def scores_kernel(
     p_rows,  # (B, N) int32 or int64, the row of p_key that holds a key
     p_exact,  # (B,) uint8, rows that are not drawn from
     p_stash,  # (B, KVH, n_tiles, G, TILE) fp16
+    p_parts,  # (B, KVH, n_tiles, G, TILE // PART) int32, sums of PART weights
     p_top,  # (B, KVH * G, n_tiles) float32
     p_total,  # (B, KVH * G, n_tiles) int32
     p_done,  # (B, KVH * G) int32, zeroed here for pass 2
@@ -52,7 +55,9 @@ def scores_kernel(
     HAS_ROWS: tl.constexpr,
     HAS_EXACT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
     TILE: tl.constexpr,
+    PART: tl.constexpr,
     ALIGN_Q: tl.constexpr,
     ALIGN: tl.constexpr,  # elements that every offset of K is a multiple of
     BLOCK_G: tl.constexpr,
@@ -120,7 +125,15 @@ def scores_kernel(
     b_top = tl.max(b_s, axis=1)
     b_weight = tl.exp2(b_s - tl.where(b_top == float("-inf"), 0.0, b_top)[:, None])
     b_weight = b_weight.to(tl.float16)
-    b_total = tl.sum(weight_units(b_weight.to(tl.float32)), axis=1)
+    b_unit = weight_units(b_weight.to(tl.float32))
+    if HAS_PARTS:
+        b_part = tl.sum(b_unit.reshape(BLOCK_G, TILE // PART, PART), axis=2)
+        o_part = (i_head * n_tiles + i_tile * G + o_g)[:, None] * (TILE // PART)
+        o_part += tl.arange(0, TILE // PART)[None, :]
+        tl.store(p_parts + o_part, b_part, mask=in_g[:, None], eviction_policy="evict_last")
+        b_total = tl.sum(b_part, axis=1)
+    else:
+        b_total = tl.sum(b_unit, axis=1)
     b_total = tl.where(b_top == float("inf"), 1, b_total)
     # The group's rows of a tile lie together, in one run of memory.
     o_stash = (i_head * n_tiles + i_tile * G + o_g)[:, None] * TILE + o_t[None, :]
