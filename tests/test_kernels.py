@@ -1088,7 +1088,9 @@ def test_systematic_over_a_grid_of_uniforms(profile: str) -> None:
     samples, levels, seeds = 8, 12, torch.arange(2**15, device=DEVICE)
     query, key, softmax = row_of(profile, samples)
     _, _, value, keywords = case((1, 1, 1, 300, 32, 32, F32))
-    weights = launch.scores(query, key, scaling=keywords["scaling"], mask=None, span=None)
+    weights = launch.scores(
+        query, key, scaling=keywords["scaling"], mask=None, span=None, parts=True
+    )
     zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     where = seeds, 3, zero, zero
     grid = uniform(*where, zero, Stream.GRID)
@@ -1110,9 +1112,9 @@ def test_systematic_over_a_grid_of_uniforms(profile: str) -> None:
                 chosen.append(seeds_over_a_grid(offset, levels, within))
     rows = sum(map(len, chosen))
     index = torch.empty(rows, 1, samples, dtype=torch.int64, device=DEVICE)
-    many = [x.expand(rows, *x.shape[1:]).contiguous() for x in weights]
+    many = launch.Weights(*(x.expand(rows, *x.shape[1:]).contiguous() for x in weights))  # type: ignore[union-attr]
     launch.sample(
-        value.expand(rows, -1, -1, -1), None, tuple(many), query.new_empty(rows, 1, 1, 32),
+        value.expand(rows, -1, -1, -1), None, many, query.new_empty(rows, 1, 1, 32),
         samples=samples, estimator="systematic", seed=torch.cat(chosen), layer=3, position=zero,
         head_offset=0, index=index,
     )  # fmt: skip
