@@ -451,7 +451,7 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_title(
         f"generate, Llama-3.1-8B shape, {rows[0].gpu}; line: weights + K once", fontsize=9
     )
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
