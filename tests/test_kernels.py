@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
@@ -441,6 +441,23 @@ def assert_output_is_the_mean(
     assert (error <= bound).all()
 
 
+@pytest.fixture(params=[False, True], ids=["few draws", "many draws"])
+def sums_of_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pass 1 leaves no sums of parts, and does as if draws were many."""
+    if request.param:
+        monkeypatch.setattr(launch, "MANY_DRAWS", 0)
+
+
+def recorded(sample: Callable[..., None], seen: list[launch.Weights]) -> Callable[..., None]:
+    """Pass 2, and `seen` of what pass 1 left for it."""
+
+    def call(value: Any, span: Any, weights: launch.Weights, *rest: Any, **keywords: Any) -> None:
+        seen.append(weights)
+        sample(value, span, weights, *rest, **keywords)
+
+    return call
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("mask", [None, "both", "hidden tiles"])
 def test_sums_of_parts_change_no_draw(
@@ -450,12 +467,16 @@ def test_sums_of_parts_change_no_draw(
     query, key, value, keywords = case((2, 6, 2, 700, 64, 40, F16), mask)
     keywords = with_extras(keywords, query, EXTRAS)
     keywords["estimator"] = estimator
+    seen: list[launch.Weights] = []
+    monkeypatch.setattr(launch, "sample", recorded(launch.sample, seen))
     for samples in (1, 33, 600):
         keywords["samples"] = samples
         results = []
         for most in (0, samples):  # draws up to which there are no sums
-            monkeypatch.setattr(launch, "SOME_DRAWS", most)
+            monkeypatch.setattr(launch, "MANY_DRAWS", most)
             results.append(kernel_draws(query, key, value, keywords))
+        assert [weights.parts is not None for weights in seen] == [True, False]
+        seen.clear()
         (out, index), (_, expected) = results
         assert torch.equal(index, expected)
         assert_output_is_the_mean(out, index, value, samples)
@@ -489,6 +510,7 @@ def test_masks_softcap_sinks_and_coordinates(mask: str, extras: list[str]) -> No
     assert_fixed_budgets_match(query, key, value, keywords)
 
 
+@pytest.mark.usefixtures("sums_of_parts")
 @pytest.mark.parametrize("kernel", ["prop", "flash"])
 @pytest.mark.parametrize("mask", [None, "both"])
 def test_exact_rows_are_dense_and_the_others_draw_as_without_them(
@@ -892,6 +914,7 @@ def test_slots_of_a_paged_cache_change_no_draw_and_no_bit(
         assert torch.equal(*index)
 
 
+@pytest.mark.usefixtures("sums_of_parts")
 @pytest.mark.parametrize("kernel", ["prop", "flash", "reference"])
 def test_a_decode_step_reads_a_paged_cache(kernel: str) -> None:
     query, key, value, keywords = case((2, 4, 2, 260, 64, 64, F16), "both")
@@ -960,6 +983,7 @@ def test_rows_of_one_tile_beyond_32_bits() -> None:
         assert torch.equal(run(kernel, query, far, far, **keywords, rows=rows), expected), kernel
 
 
+@pytest.mark.usefixtures("sums_of_parts")
 @pytest.mark.parametrize("mask", ["both", "holes"])
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_hidden_rows_may_hold_anything(kernel: str, mask: str) -> None:
@@ -997,6 +1021,7 @@ def test_hidden_tiles_are_skipped_and_change_no_bit(estimator: str) -> None:
     assert torch.equal(index, kept[among])
 
 
+@pytest.mark.usefixtures("sums_of_parts")
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_rows_without_a_key_are_zero_and_nan_spreads(kernel: str) -> None:
     query, key, value, keywords = case((3, 4, 2, 300, 32, 32, F32))

@@ -243,9 +243,9 @@ class Measured:
     """Steps of one arm.
 
     Attributes:
-        times: milliseconds of each step.
-        parts: milliseconds of GPU time per step by class of kernel, without a GPU none.
-        peak: most bytes allocated on the GPU.
+        times: milliseconds of each step, of all rounds.
+        parts: milliseconds of GPU time per step by class of kernel, in the last round; None without a GPU.
+        peak: most bytes allocated on the GPU in the last round.
     """
 
     times: list[float]
@@ -319,7 +319,7 @@ def _free(model: PreTrainedModel) -> None:
 def measure(
     model: Any, arm: Arm, batch: int, context: int, steps: int, turns: Turns | None = None
 ) -> list[Measured]:
-    """Decode with one arm; compiled, also with a deferred stop.
+    """Steps of one arm; of a compiled one a second time, under a deferred stop.
 
     Args:
         model: as made by `build`; its attention is set here.
@@ -526,7 +526,10 @@ def main(prog: str, argv: Sequence[str]) -> None:
     )
     parser.add_argument("--steps", type=int, default=24, help="timed steps, default %(default)s")
     parser.add_argument(
-        "--rounds", type=int, default=1, help="times that eager arms have their turn, default 1"
+        "--rounds",
+        type=int,
+        default=1,
+        help="turns of every eager arm, apart in time since hosts drift, default %(default)s",
     )
     parser.add_argument("--seconds", type=float, help="start no arm after this time")
     parser.add_argument(
@@ -594,13 +597,15 @@ def main(prog: str, argv: Sequence[str]) -> None:
                 found = [*measure(model, arm, batch, context, arguments.steps, turns)]
             except torch.OutOfMemoryError as error:
                 row.error = f"out of memory: {str(error).splitlines()[0][:80]}"
-        for steps, suffix in zip(found, ("", DEFERRED), strict=False):
+        for measured, suffix in zip(found, ("", DEFERRED), strict=False):
             key = (context, batch, name + suffix)
             one = replace(row, arm=name + suffix)
-            if steps is not None:
-                steps.times = times[key] = times.get(key, []) + steps.times
-                one = replace(one, **steps.fields())
+            if measured is not None:
+                measured.times = times[key] = times.get(key, []) + measured.times
+                one = replace(one, **measured.fields())
             _report(one)
+            if measured is None and key in times:
+                continue  # an earlier round has figures
             rows = [r for r in rows if (r.context, r.batch, r.arm) != key] + [one]
         if path:
             _write(rows, path)

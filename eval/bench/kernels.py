@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from santa_hf import reference, santa_decode
+from santa_hf.kernels import launch
 
 from .. import provenance
 from ..cli import CommandError
@@ -305,8 +306,10 @@ def measure(shape: Shape, scores: str, dtype: torch.dtype, replays: int, commit:
             continue
         value_rows = 0 if kind == "floor" else _value_rows(inputs[0], name, samples)
         size = (key_rows + value_rows) * row_bytes
-        if name.startswith("prop"):  # writes a 16-bit weight for every key and query head
-            size += 2 * shape.batch * shape.heads * shape.context
+        if name.startswith("prop"):
+            # A 16-bit weight for every key and query head, with many draws a 32-bit sum of every 16.
+            parts = samples is not None and samples > launch.MANY_DRAWS
+            size += (9 if parts else 8) * shape.batch * shape.heads * shape.context // 4
         p20, p50, p80 = (statistics.quantiles(times, n=10)[i] for i in (1, 4, 7))
         rows.append(
             Row(

@@ -5,7 +5,8 @@ blocks, CUDA graphs keep them in their own pool, and streams and devices never s
 T = ceil(N / 128) tiles and C chunks of 16, 32 or 64 draws (from 1, 129 and 513 samples on):
 
     prop          B H (264 T + 4 Dv C + 4)    264 T = about 2 bytes a key and query head
-                                              (296 T from 513 samples on)
+                                              (296 T from 513 samples on, but for latents,
+                                              which have chunks of 32 at most)
     dense, flash  B H (4 Dv + 8) splits       splits <= 2 * multiprocessors
 """
 
@@ -38,8 +39,9 @@ SCORE_WARPS = 8
 PART = 16  # keys of a tile that a draw passes at a time
 FEW_TILES, MANY_TILES = 64, 256  # tiles that pass 2 walks over at a time, by the length of the row
 MERGE_CHUNKS = 16  # partial sums of a head that are added at a time
-FEW_DRAWS = 128  # up to which a program of pass 2 takes 16 draws
-SOME_DRAWS = 512  # up to which it takes 32; beyond, pass 1 leaves sums of parts, and it takes 64
+# Draws up to which a program of pass 2 takes 16, and 32. With more it takes 64, and sums of parts from
+# pass 1, whose bytes fewer draws do not repay (H100, 4x32k, 256 draws: 97.5 us against 100.7).
+FEW_DRAWS, MANY_DRAWS = 128, 512
 SPLIT_WAVES = 1  # programs a multiprocessor that the splits of one row aim at
 FLASH_WARPS = 4
 FLASH_GROUP = 16  # query heads of a program at most
@@ -51,14 +53,16 @@ COMBINE_SIZE, COMBINE_WARPS = 512, 1  # sums of a program
 
 
 class Weights(NamedTuple):
-    """What pass 1 leaves of every tile, see `scores_kernel`.
+    """What pass 1 leaves of every tile, see `scores_kernel`; nothing of rows that are exact.
 
     Attributes:
-        stash: weights, float16 (B, KVH, T, G, TILE).
+        stash: weights, float16 (B, KVH, T, G, TILE); not written where no key is visible.
         top: largest exponent, float32 (B, H, T); -inf where no key is visible.
-        total: sum of the weights in units of 2**-23, int32 (B, H, T); 0 where no key is visible.
+        total: sum of the weights in units of 2**-23, int32 (B, H, T); 0 where no key is visible, 1
+            where top is +inf.
         done: zeros for pass 2 to count in, int32 (B, H).
-        parts: sums of PART weights in the same units, int32 (B, KVH, T, G, TILE // PART), if asked for.
+        parts: sums of PART weights in the same units, int32 (B, KVH, T, G, TILE // PART), if asked for;
+            not written where no key is visible.
     """
 
     stash: torch.Tensor
@@ -170,7 +174,7 @@ def prop(
     mask, span = visible(mask, query.shape[0], position is None or exact is not None)
     weights = scores(
         query, key, scaling=scaling, mask=mask, span=span, exact=exact, softcap=softcap, rows=rows,
-        parts=samples > SOME_DRAWS,
+        parts=samples > MANY_DRAWS,
     )  # fmt: skip
     out = query.new_empty(*query.shape[:3], value.shape[3])
     sample(

@@ -264,8 +264,7 @@ def sample_kernel(
         b_units = tl.sum(b_units, axis=2)
     b_end = tl.cumsum(b_units, axis=1)
     b_passed = b_end <= b_unit[:, None]
-    # It passes all parts only if NaNs made their sums overflow: nothing is read behind the tile then.
-    b_row = tl.minimum(tl.sum(b_passed.to(tl.int32), axis=1), TILE // PART - 1) * PART
+    b_row = tl.sum(b_passed.to(tl.int32), axis=1) * PART
     b_unit -= tl.max(tl.where(b_passed, b_end, 0), axis=1)
     b_weight = tl.load(
         p_tile[:, None] + b_row[:, None] + o_p[None, :], mask=keyed[:, None], other=0.0
