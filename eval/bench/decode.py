@@ -244,7 +244,7 @@ class Measured:
 
     Attributes:
         times: milliseconds of each step, of all rounds.
-        parts: milliseconds of GPU time per step by class of kernel, in the last round; None without a GPU.
+        parts: milliseconds of GPU time per step by class of kernel in the last round, if any.
         peak: most bytes allocated on the GPU in the last round.
     """
 
