@@ -1,5 +1,5 @@
-// A CUDA driver without a GPU: what Triton calls of it, each of which succeeds. It hands every launch to a
-// callback. See fake_driver.py.
+// A CUDA driver without a GPU: what Triton calls of it to load and launch a kernel, each of which succeeds.
+// It hands every launch to a callback. See fake_driver.py.
 
 #include <cuda.h>
 
@@ -57,6 +57,11 @@ CUresult cuCtxGetCurrent(CUcontext *context) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuCtxGetDevice(CUdevice *device) {
+  *device = 0;
+  return CUDA_SUCCESS;
+}
+
 CUresult cuDriverGetVersion(int *version) {
   *version = 13000;
   return CUDA_SUCCESS;
@@ -74,11 +79,3 @@ SUCCEEDS(cuCtxSetCurrent, CUcontext context)
 SUCCEEDS(cuDevicePrimaryCtxRetain, CUcontext *context, CUdevice device)
 SUCCEEDS(cuFuncSetAttribute, CUfunction function, CUfunction_attribute attribute, int value)
 SUCCEEDS(cuFuncSetCacheConfig, CUfunction function, CUfunc_cache config)
-SUCCEEDS(cuCtxGetLimit, size_t *value, CUlimit limit)
-SUCCEEDS(cuCtxSetLimit, CUlimit limit, size_t value)
-SUCCEEDS(cuPointerGetAttributes, unsigned n, CUpointer_attribute *which, void **values, CUdeviceptr pointer)
-SUCCEEDS(cuOccupancyMaxActiveClusters, int *clusters, CUfunction function, const CUlaunchConfig *config)
-SUCCEEDS(cuTensorMapEncodeTiled, CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
-         const cuuint64_t *shape, const cuuint64_t *strides, const cuuint32_t *box,
-         const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-         CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill)

@@ -624,8 +624,8 @@ def _one_block_of_values() -> Iterator[None]:
             patch.setattr(
                 launch,
                 "_one_pass_blocks",
-                lambda query, value_dim, block_g: (
-                    blocks(query, value_dim, block_g)[0],
+                lambda dtype, dim, value_dim, block_g: (
+                    blocks(dtype, dim, value_dim, block_g)[0],
                     max(16, triton.next_power_of_2(value_dim)),
                 ),
             )

@@ -23,6 +23,7 @@ import triton.language as tl
 from ..reference import TILE
 from . import launch
 from .common import LOG2E, log2_weights, row_offsets, weight_units
+from .launcher import Launcher
 
 __all__ = ["decode", "dense", "prop", "scores", "why_not"]
 
@@ -392,47 +393,87 @@ def _dense(
     give a row the same bits in any batch, take 1.5 times as long in a batch (H100, 128 heads, 8 x 32k:
     289 us against 186), so here alone an output may differ in rounding from that of another batch.
     """
-    batch, heads = query.shape[:2]
-    length, rank = key.shape[2:]
-    block_h = HEAD_BLOCK if heads > 16 and _multiplies_64_rows(query.device) else 16
-    block_r, block_e = (max(16, triton.next_power_of_2(x.shape[3])) for x in (key, rotary_key))
-    row_bytes = (block_r + block_e) * query.element_size()
-    block_n = TILE_KEYS
-    taken = block_h * (row_bytes + block_n * query.element_size())
-    room = launch.shared_memory(query.device) + 16 * 1024 - taken
-    while block_n > 16 and BUFFERS * block_n * row_bytes > room:
-        block_n //= 2
+    batch, heads, *_ = query.shape
+    _, _, length, rank = key.shape
+    device, rotary = query.device, rotary_key.shape[3]
+    block_h = HEAD_BLOCK if heads > 16 and _multiplies_64_rows(device) else 16
+    room = launch.shared_memory(device) + 16 * 1024
+    block_n, block_r, block_e = _blocks(rank, rotary, query.element_size(), block_h, room)
     blocks = launch.ceil_div(heads, block_h)
-    most = max(1, launch.processors(query.device) // (blocks * batch))
+    most = max(1, launch.processors(device) // (blocks * batch))
     splits = min(most, launch.ceil_div(length, block_n))
     partial, top, mass = launch.partials(out, splits)
-    with launch.on_device(query):
-        latent_kernel[(splits * blocks, batch)](
-            query, key, rotary_key, mask, span, launch.as_bytes(only), partial, top, mass,
-            scaling * LOG2E.value, length,
-            query.stride(0), query.stride(1), key.stride(0), rotary_key.stride(0),
-            launch.mask_stride(mask, 0),
-            STRIDE_CN=key.stride(2),
-            STRIDE_EN=rotary_key.stride(2),
-            STRIDE_MN=launch.mask_stride(mask, 1),
-            H=heads,
-            R=rank,
-            E=rotary_key.shape[3],
-            HAS_MASK=mask is not None,
-            HAS_ONLY=only is not None,
-            ALIGN_Q=launch.alignment(query),
-            ALIGN_C=launch.alignment(key),
-            ALIGN_E=launch.alignment(rotary_key),
-            BLOCK_H=block_h,
-            BLOCK_N=block_n,
-            BLOCK_R=block_r,
-            BLOCK_E=block_e,
-            STAGES=BUFFERS if block_h == HEAD_BLOCK else None,
-            num_warps=WARPS,
-            num_stages=BUFFERS + 1,
-            **launch.dependent(query.device),
-        )  # fmt: skip
+    launcher = _dense_launcher(
+        device, heads, rank, rotary, key.stride(2), rotary_key.stride(2), launch.mask_stride(mask, 1),
+        mask is not None, only is not None, launch.alignment(query), launch.alignment(key),
+        launch.alignment(rotary_key), block_h, block_n, block_r, block_e,
+    )  # fmt: skip
+    launcher(
+        (splits * blocks, batch),
+        query, key, rotary_key, mask, span, launch.as_bytes(only), partial, top, mass,
+        scaling * LOG2E.value, length, query.stride(0), query.stride(1), key.stride(0),
+        rotary_key.stride(0), launch.mask_stride(mask, 0),
+    )  # fmt: skip
     launch.combine(partial, top, mass, out, splits, most, None, only)
+
+
+@cache
+def _blocks(
+    rank: int, rotary: int, item_bytes: int, block_h: int, room: int
+) -> tuple[int, int, int]:
+    """Keys of a tile, and columns of latents and rotary keys, such that BUFFERS of them and the heads'
+    queries and weights fit in `room` bytes."""
+    block_r, block_e = (max(16, triton.next_power_of_2(x)) for x in (rank, rotary))
+    row_bytes = (block_r + block_e) * item_bytes
+    block_n = TILE_KEYS
+    room -= block_h * (row_bytes + block_n * item_bytes)
+    while block_n > 16 and BUFFERS * block_n * row_bytes > room:
+        block_n //= 2
+    return block_n, block_r, block_e
+
+
+@cache
+def _dense_launcher(
+    device: torch.device,
+    heads: int,
+    rank: int,
+    rotary: int,
+    stride_cn: int,
+    stride_en: int,
+    stride_mn: int,
+    has_mask: bool,
+    has_only: bool,
+    align_q: int,
+    align_c: int,
+    align_e: int,
+    block_h: int,
+    block_n: int,
+    block_r: int,
+    block_e: int,
+) -> Launcher:
+    return Launcher(
+        latent_kernel,
+        device,
+        STRIDE_CN=stride_cn,
+        STRIDE_EN=stride_en,
+        STRIDE_MN=stride_mn,
+        H=heads,
+        R=rank,
+        E=rotary,
+        HAS_MASK=has_mask,
+        HAS_ONLY=has_only,
+        ALIGN_Q=align_q,
+        ALIGN_C=align_c,
+        ALIGN_E=align_e,
+        BLOCK_H=block_h,
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        BLOCK_E=block_e,
+        STAGES=BUFFERS if block_h == HEAD_BLOCK else None,
+        num_warps=WARPS,
+        num_stages=BUFFERS + 1,
+        **launch.dependent(device),
+    )
 
 
 @cache
@@ -453,35 +494,60 @@ def scores(
     exact: torch.Tensor | None = None,
 ) -> launch.Weights:
     """Pass 1 over latents; arguments and results as in `launch.scores`."""
-    batch, heads = query.shape[:2]
-    length, rank = key.shape[2:]
-    n_tiles, device = triton.cdiv(length, TILE), query.device
+    batch, heads, *_ = query.shape
+    _, _, length, rank = key.shape
+    n_tiles, device = launch.ceil_div(length, TILE), query.device
     stash = torch.empty((batch, 1, n_tiles, heads, TILE), dtype=torch.float16, device=device)
     top = torch.empty((batch, heads, n_tiles), dtype=torch.float32, device=device)
     total = torch.empty((batch, heads, n_tiles), dtype=torch.int32, device=device)
     done = torch.empty((batch, heads), dtype=torch.int32, device=device)
-    with launch.on_device(query):
-        latent_scores_kernel[(n_tiles, batch)](
-            query, key, rotary_key, mask, span, launch.as_bytes(exact), stash, top, total, done,
-            scaling * LOG2E.value, length,
-            query.stride(0), query.stride(1), key.stride(0), rotary_key.stride(0),
-            launch.mask_stride(mask, 0),
-            STRIDE_CN=key.stride(2),
-            STRIDE_EN=rotary_key.stride(2),
-            STRIDE_MN=launch.mask_stride(mask, 1),
-            H=heads,
-            R=rank,
-            E=rotary_key.shape[3],
-            HAS_MASK=mask is not None,
-            HAS_EXACT=exact is not None,
-            TILE=TILE,
-            ALIGN_Q=launch.alignment(query),
-            ALIGN_C=launch.alignment(key),
-            ALIGN_E=launch.alignment(rotary_key),
-            BLOCK_H=max(16, triton.next_power_of_2(heads)),
-            BLOCK_D=SCORE_COLUMNS,
-            num_warps=SCORE_WARPS,
-            num_stages=SCORE_STAGES,
-            **launch.dependent(device),
-        )  # fmt: skip
+    launcher = _scores_launcher(
+        device, heads, rank, rotary_key.shape[3], key.stride(2), rotary_key.stride(2),
+        launch.mask_stride(mask, 1), mask is not None, exact is not None, launch.alignment(query),
+        launch.alignment(key), launch.alignment(rotary_key),
+    )  # fmt: skip
+    launcher(
+        (n_tiles, batch),
+        query, key, rotary_key, mask, span, launch.as_bytes(exact), stash, top, total, done,
+        scaling * LOG2E.value, length, query.stride(0), query.stride(1), key.stride(0),
+        rotary_key.stride(0), launch.mask_stride(mask, 0),
+    )  # fmt: skip
     return launch.Weights(stash, top, total, done)
+
+
+@cache
+def _scores_launcher(
+    device: torch.device,
+    heads: int,
+    rank: int,
+    rotary: int,
+    stride_cn: int,
+    stride_en: int,
+    stride_mn: int,
+    has_mask: bool,
+    has_exact: bool,
+    align_q: int,
+    align_c: int,
+    align_e: int,
+) -> Launcher:
+    return Launcher(
+        latent_scores_kernel,
+        device,
+        STRIDE_CN=stride_cn,
+        STRIDE_EN=stride_en,
+        STRIDE_MN=stride_mn,
+        H=heads,
+        R=rank,
+        E=rotary,
+        HAS_MASK=has_mask,
+        HAS_EXACT=has_exact,
+        TILE=TILE,
+        ALIGN_Q=align_q,
+        ALIGN_C=align_c,
+        ALIGN_E=align_e,
+        BLOCK_H=max(16, triton.next_power_of_2(heads)),
+        BLOCK_D=SCORE_COLUMNS,
+        num_warps=SCORE_WARPS,
+        num_stages=SCORE_STAGES,
+        **launch.dependent(device),
+    )

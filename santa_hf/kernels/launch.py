@@ -22,6 +22,7 @@ from ..rng import Stream
 from .common import LOG2E, span_kernel
 from .dense import combine_kernel, dense_kernel
 from .flash import flash_kernel
+from .launcher import Launcher
 from .sample import sample_kernel
 from .scores import scores_kernel
 
@@ -110,42 +111,66 @@ def scores(
     """Pass 1, see `scores_kernel`; `span` is that of the mask, rows that are `exact` are skipped."""
     batch, heads, _, dim = query.shape
     kv_heads, length = key.shape[1], length_of(key, rows)
-    n_tiles = ceil_div(length, TILE)
-    tiles, device = (batch, heads, n_tiles), query.device
-    group = (batch, kv_heads, n_tiles, heads // kv_heads, TILE)
-    stash = torch.empty(group, dtype=torch.float16, device=device)
-    top = torch.empty(tiles, dtype=torch.float32, device=device)
-    total = torch.empty(tiles, dtype=torch.int32, device=device)
-    done = torch.empty(batch, heads, dtype=torch.int32, device=device)
+    group, n_tiles, device = heads // kv_heads, ceil_div(length, TILE), query.device
+    stride_kb, stride_kh, stride_kn, _ = key.stride()
+    tiles = batch, kv_heads, n_tiles, group
+    stash = torch.empty((*tiles, TILE), dtype=torch.float16, device=device)
+    top = torch.empty((batch, heads, n_tiles), dtype=torch.float32, device=device)
+    total = torch.empty((batch, heads, n_tiles), dtype=torch.int32, device=device)
+    done = torch.empty((batch, heads), dtype=torch.int32, device=device)
     part = None
     if parts:
-        part = torch.empty(*group[:-1], TILE // PART, dtype=torch.int32, device=device)
-    scale, cap = _exponent_scale(scaling, softcap)
-    with on_device(query):
-        scores_kernel[(n_tiles, kv_heads, batch)](
-            query, key, mask, span, _contiguous(rows), as_bytes(exact), stash, part, top, total, done,
-            scale, cap, length,
-            query.stride(0), query.stride(1), key.stride(0), key.stride(1), mask_stride(mask, 0),
-            STRIDE_KN=key.stride(2),
-            STRIDE_MN=mask_stride(mask, 1),
-            G=heads // kv_heads,
-            D=dim,
-            HAS_MASK=mask is not None,
-            HAS_ROWS=rows is not None,
-            HAS_EXACT=exact is not None,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_PARTS=parts,
-            TILE=TILE,
-            PART=PART,
-            ALIGN_Q=alignment(query),
-            ALIGN=alignment(key),
-            BLOCK_G=_block_of_group(heads // kv_heads),
-            BLOCK_D=_block_of(dim),
-            num_warps=SCORE_WARPS,
-            num_stages=1,
-            **dependent(device),
-        )  # fmt: skip
+        part = torch.empty((*tiles, TILE // PART), dtype=torch.int32, device=device)
+    launcher = _scores_launcher(
+        device, group, dim, stride_kn, mask_stride(mask, 1), mask is not None, rows is not None,
+        exact is not None, softcap is not None, parts, alignment(query), alignment(key),
+    )  # fmt: skip
+    launcher(
+        (n_tiles, kv_heads, batch),
+        query, key, mask, span, _contiguous(rows), as_bytes(exact), stash, part, top, total,
+        done, *_exponent_scale(scaling, softcap), length,
+        query.stride(0), query.stride(1), stride_kb, stride_kh, mask_stride(mask, 0),
+    )  # fmt: skip
     return Weights(stash, top, total, done, part)
+
+
+@cache
+def _scores_launcher(
+    device: torch.device,
+    group: int,
+    dim: int,
+    stride_kn: int,
+    stride_mn: int,
+    has_mask: bool,
+    has_rows: bool,
+    has_exact: bool,
+    has_softcap: bool,
+    has_parts: bool,
+    align_q: int,
+    align_k: int,
+) -> Launcher:
+    return Launcher(
+        scores_kernel,
+        device,
+        STRIDE_KN=stride_kn,
+        STRIDE_MN=stride_mn,
+        G=group,
+        D=dim,
+        HAS_MASK=has_mask,
+        HAS_ROWS=has_rows,
+        HAS_EXACT=has_exact,
+        HAS_SOFTCAP=has_softcap,
+        HAS_PARTS=has_parts,
+        TILE=TILE,
+        PART=PART,
+        ALIGN_Q=align_q,
+        ALIGN=align_k,
+        BLOCK_G=_block_of_group(group),
+        BLOCK_D=_block_of(dim),
+        num_warps=SCORE_WARPS,
+        num_stages=1,
+        **dependent(device),
+    )
 
 
 def prop(
@@ -208,42 +233,70 @@ def sample(
 ) -> None:
     """Pass 2, see `sample_kernel`: draws from the `weights` that `scores` left, into `out`."""
     stash, top, total, done, parts = weights
-    batch, heads = out.shape[:2]
-    kv_heads, length, value_dim = value.shape[1], length_of(value, rows), value.shape[3]
-    blocks = _sample_blocks(samples, parts is not None)
-    chunks = ceil_div(samples, blocks["BLOCK_S"])
+    batch, heads, _, value_dim = out.shape
+    kv_heads, length = value.shape[1], length_of(value, rows)
+    stride_vb, stride_vh, stride_vn, _ = value.stride()
+    row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
+    launcher = _sample_launcher(
+        out.device, samples, estimator, heads // kv_heads, value_dim, stride_vn, span is not None,
+        rows is not None, exact is not None, sinks is not None, row_seed is not None,
+        position is not None, index is not None, parts is not None, alignment(value),
+    )  # fmt: skip
+    chunks = ceil_div(samples, launcher.constants["BLOCK_S"])
     partial = out
     if chunks > 1:
         partial = out.new_empty(batch * heads * chunks * value_dim, dtype=torch.float32)
-    row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
-    with on_device(out):
-        sample_kernel[(chunks, heads, batch)](
-            value, span, _contiguous(rows), as_bytes(exact), _contiguous(sinks), row_seed,
-            _per_row(position, batch), stash, parts, top, total, done, partial, index, out,
-            seed, length - 1, layer, head_offset, samples, length, top.shape[2],
-            value.stride(0), value.stride(1),
-            STRIDE_VN=value.stride(2),
-            G=heads // kv_heads,
-            DV=value_dim,
-            HAS_SPAN=span is not None,
-            HAS_ROWS=rows is not None,
-            HAS_EXACT=exact is not None,
-            HAS_SINKS=sinks is not None,
-            HAS_SEED=row_seed is not None,
-            HAS_POSITION=position is not None,
-            HAS_INDEX=index is not None,
-            HAS_PARTS=parts is not None,
-            ESTIMATOR=estimator,
-            GRID=int(Stream.GRID),
-            TILE_OFFSET=int(Stream.TILE),
-            SAMPLE=int(Stream.SAMPLE),
-            TILE=TILE,
-            PART=PART,
-            ALIGN=alignment(value),
-            BLOCK_DV=_block_of(value_dim),
-            **blocks,
-            **dependent(out.device),
-        )  # fmt: skip
+    launcher(
+        (chunks, heads, batch),
+        value, span, _contiguous(rows), as_bytes(exact), _contiguous(sinks), row_seed,
+        _per_row(position, batch), stash, parts, top, total, done, partial, index, out,
+        seed, length - 1, layer, head_offset, samples, length, top.shape[2], stride_vb, stride_vh,
+    )  # fmt: skip
+
+
+@cache
+def _sample_launcher(
+    device: torch.device,
+    samples: int,
+    estimator: str,
+    group: int,
+    value_dim: int,
+    stride_vn: int,
+    has_span: bool,
+    has_rows: bool,
+    has_exact: bool,
+    has_sinks: bool,
+    has_seed: bool,
+    has_position: bool,
+    has_index: bool,
+    has_parts: bool,
+    align: int,
+) -> Launcher:
+    return Launcher(
+        sample_kernel,
+        device,
+        STRIDE_VN=stride_vn,
+        G=group,
+        DV=value_dim,
+        HAS_SPAN=has_span,
+        HAS_ROWS=has_rows,
+        HAS_EXACT=has_exact,
+        HAS_SINKS=has_sinks,
+        HAS_SEED=has_seed,
+        HAS_POSITION=has_position,
+        HAS_INDEX=has_index,
+        HAS_PARTS=has_parts,
+        ESTIMATOR=estimator,
+        GRID=int(Stream.GRID),
+        TILE_OFFSET=int(Stream.TILE),
+        SAMPLE=int(Stream.SAMPLE),
+        TILE=TILE,
+        PART=PART,
+        ALIGN=align,
+        BLOCK_DV=_block_of(value_dim),
+        **_sample_blocks(samples, has_parts),
+        **dependent(device),
+    )
 
 
 def fused(
@@ -306,42 +359,78 @@ def _dense(
     """Exact attention for the rows of `out` that `only`, bool (B,), names; None for all."""
     batch, heads, _, dim = query.shape
     kv_heads, length, value_dim = key.shape[1], length_of(key, rows), value.shape[-1]
-    block_g = _block_of_group(heads // kv_heads)
-    block_d, block_dv = _one_pass_blocks(query, value_dim, block_g)
+    group, device = heads // kv_heads, query.device
+    stride_kb, stride_kh, stride_kn, _ = key.stride()
+    stride_vb, stride_vh, stride_vn, _ = value.stride()
+    block_g = _block_of_group(group)
+    block_d, block_dv = _one_pass_blocks(query.dtype, dim, value_dim, block_g)
     tile_bytes = DENSE_TILE * (dim + block_dv) * query.element_size()
     value_blocks = ceil_div(value_dim, block_dv)
-    most = _most_splits(kv_heads * value_blocks, query.device)
+    most = _most_splits(kv_heads * value_blocks, device)
     split_tiles, splits = _splits(length, DENSE_TILE, most)
     partial, top, mass = partials(out, splits)
-    scale, cap = _exponent_scale(scaling, softcap)
-    with on_device(query):
-        dense_kernel[(splits * value_blocks, kv_heads, batch)](
-            query, key, value, mask, span, _contiguous(rows), as_bytes(only), partial, top, mass,
-            scale, cap, length, split_tiles, query.stride(0), query.stride(1), key.stride(0),
-            key.stride(1), value.stride(0), value.stride(1), mask_stride(mask, 0),
-            STRIDE_KN=key.stride(2),
-            STRIDE_VN=value.stride(2),
-            STRIDE_MN=mask_stride(mask, 1),
-            G=heads // kv_heads,
-            D=dim,
-            DV=value_dim,
-            HAS_MASK=mask is not None,
-            HAS_ROWS=rows is not None,
-            HAS_ONLY=only is not None,
-            HAS_SOFTCAP=softcap is not None,
-            TILE=DENSE_TILE,
-            ALIGN_Q=alignment(query),
-            ALIGN_K=alignment(key),
-            ALIGN_V=alignment(value),
-            BLOCK_G=block_g,
-            BLOCK_D=block_d,
-            BLOCK_DV=block_dv,
-            VALUE_BLOCKS=value_blocks,
-            num_warps=DENSE_WARPS,
-            num_stages=_stages(DENSE_STAGES, tile_bytes, query.device),
-            **dependent(query.device),
-        )  # fmt: skip
+    launcher = _dense_launcher(
+        device, group, dim, value_dim, stride_kn, stride_vn, mask_stride(mask, 1), mask is not None,
+        rows is not None, only is not None, softcap is not None, alignment(query), alignment(key),
+        alignment(value), block_g, block_d, block_dv, value_blocks,
+        _stages(DENSE_STAGES, tile_bytes, device),
+    )  # fmt: skip
+    launcher(
+        (splits * value_blocks, kv_heads, batch),
+        query, key, value, mask, span, _contiguous(rows), as_bytes(only), partial, top, mass,
+        *_exponent_scale(scaling, softcap), length, split_tiles, query.stride(0), query.stride(1),
+        stride_kb, stride_kh, stride_vb, stride_vh, mask_stride(mask, 0),
+    )  # fmt: skip
     combine(partial, top, mass, out, splits, most, sinks, only)
+
+
+@cache
+def _dense_launcher(
+    device: torch.device,
+    group: int,
+    dim: int,
+    value_dim: int,
+    stride_kn: int,
+    stride_vn: int,
+    stride_mn: int,
+    has_mask: bool,
+    has_rows: bool,
+    has_only: bool,
+    has_softcap: bool,
+    align_q: int,
+    align_k: int,
+    align_v: int,
+    block_g: int,
+    block_d: int,
+    block_dv: int,
+    value_blocks: int,
+    stages: int,
+) -> Launcher:
+    return Launcher(
+        dense_kernel,
+        device,
+        STRIDE_KN=stride_kn,
+        STRIDE_VN=stride_vn,
+        STRIDE_MN=stride_mn,
+        G=group,
+        D=dim,
+        DV=value_dim,
+        HAS_MASK=has_mask,
+        HAS_ROWS=has_rows,
+        HAS_ONLY=has_only,
+        HAS_SOFTCAP=has_softcap,
+        TILE=DENSE_TILE,
+        ALIGN_Q=align_q,
+        ALIGN_K=align_k,
+        ALIGN_V=align_v,
+        BLOCK_G=block_g,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        VALUE_BLOCKS=value_blocks,
+        num_warps=DENSE_WARPS,
+        num_stages=stages,
+        **dependent(device),
+    )
 
 
 def _flash(
@@ -366,49 +455,86 @@ def _flash(
     """A fixed budget per tile for the rows of `out` that `only`, bool (B,), names; None for all."""
     batch, heads, _, dim = query.shape
     kv_heads, length, value_dim = key.shape[1], key.shape[2], value.shape[-1]
-    group = heads // kv_heads
+    group, device = heads // kv_heads, query.device
+    stride_kb, stride_kh, stride_kn, _ = key.stride()
+    stride_vb, stride_vh, stride_vn, _ = value.stride()
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
     block_g = min(_block_of_group(group), FLASH_GROUP)
-    block_d, block_dv = _one_pass_blocks(query, value_dim, block_g)
+    block_d, block_dv = _one_pass_blocks(query.dtype, dim, value_dim, block_g)
     value_blocks, group_blocks = ceil_div(value_dim, block_dv), ceil_div(group, block_g)
-    most = _most_splits(kv_heads * value_blocks * group_blocks, query.device)
+    most = _most_splits(kv_heads * value_blocks * group_blocks, device)
     split_tiles, splits = _splits(length, FIXED_TILE, most)
     partial, top, mass = partials(out, splits)
-    scale, cap = _exponent_scale(scaling, softcap)
-    with on_device(query):
-        flash_kernel[(splits * value_blocks * group_blocks, kv_heads, batch)](
-            query, key, value, mask, span, as_bytes(only), row_seed, _per_row(position, batch),
-            partial, top, mass, scale, cap, seed, layer, head_offset, samples, length,
-            split_tiles, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
-            value.stride(0), value.stride(1), mask_stride(mask, 0),
-            STRIDE_KN=key.stride(2),
-            STRIDE_VN=value.stride(2),
-            STRIDE_MN=mask_stride(mask, 1),
-            G=group,
-            D=dim,
-            DV=value_dim,
-            HAS_MASK=mask is not None,
-            HAS_ONLY=only is not None,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_SEED=row_seed is not None,
-            HAS_POSITION=position is not None,
-            ESTIMATOR=estimator,
-            FIXED_TILE=int(Stream.FIXED_TILE),
-            FIXED_SAMPLE=int(Stream.FIXED_SAMPLE),
-            TILE=FIXED_TILE,
-            ALIGN_Q=alignment(query),
-            ALIGN_K=alignment(key),
-            ALIGN_V=alignment(value),
-            BLOCK_G=block_g,
-            BLOCK_D=block_d,
-            BLOCK_DV=block_dv,
-            VALUE_BLOCKS=value_blocks,
-            GROUP_BLOCKS=group_blocks,
-            num_warps=FLASH_WARPS,
-            num_stages=1,
-            **dependent(query.device),
-        )  # fmt: skip
+    launcher = _flash_launcher(
+        device, estimator, group, dim, value_dim, stride_kn, stride_vn, mask_stride(mask, 1),
+        mask is not None, only is not None, softcap is not None, row_seed is not None,
+        position is not None, alignment(query), alignment(key), alignment(value), block_g, block_d,
+        block_dv, value_blocks, group_blocks,
+    )  # fmt: skip
+    launcher(
+        (splits * value_blocks * group_blocks, kv_heads, batch),
+        query, key, value, mask, span, as_bytes(only), row_seed, _per_row(position, batch),
+        partial, top, mass, *_exponent_scale(scaling, softcap), seed, layer, head_offset, samples,
+        length, split_tiles, query.stride(0), query.stride(1), stride_kb, stride_kh, stride_vb,
+        stride_vh, mask_stride(mask, 0),
+    )  # fmt: skip
     combine(partial, top, mass, out, splits, most, sinks, only)
+
+
+@cache
+def _flash_launcher(
+    device: torch.device,
+    estimator: str,
+    group: int,
+    dim: int,
+    value_dim: int,
+    stride_kn: int,
+    stride_vn: int,
+    stride_mn: int,
+    has_mask: bool,
+    has_only: bool,
+    has_softcap: bool,
+    has_seed: bool,
+    has_position: bool,
+    align_q: int,
+    align_k: int,
+    align_v: int,
+    block_g: int,
+    block_d: int,
+    block_dv: int,
+    value_blocks: int,
+    group_blocks: int,
+) -> Launcher:
+    return Launcher(
+        flash_kernel,
+        device,
+        STRIDE_KN=stride_kn,
+        STRIDE_VN=stride_vn,
+        STRIDE_MN=stride_mn,
+        G=group,
+        D=dim,
+        DV=value_dim,
+        HAS_MASK=has_mask,
+        HAS_ONLY=has_only,
+        HAS_SOFTCAP=has_softcap,
+        HAS_SEED=has_seed,
+        HAS_POSITION=has_position,
+        ESTIMATOR=estimator,
+        FIXED_TILE=int(Stream.FIXED_TILE),
+        FIXED_SAMPLE=int(Stream.FIXED_SAMPLE),
+        TILE=FIXED_TILE,
+        ALIGN_Q=align_q,
+        ALIGN_K=align_k,
+        ALIGN_V=align_v,
+        BLOCK_G=block_g,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        VALUE_BLOCKS=value_blocks,
+        GROUP_BLOCKS=group_blocks,
+        num_warps=FLASH_WARPS,
+        num_stages=1,
+        **dependent(device),
+    )
 
 
 def partials(out: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -431,19 +557,30 @@ def combine(
 ) -> None:
     """Merge splits, see `combine_kernel`; `most` is how many there would be of a long row."""
     batch, heads, _, value_dim = out.shape
+    launcher = _combine_launcher(out.device, value_dim, most, only is not None, sinks is not None)
+    launcher(
+        (ceil_div(value_dim, launcher.constants["BLOCK_DV"]), heads, batch),
+        partial, top, mass, as_bytes(only), _contiguous(sinks), out, splits,
+    )  # fmt: skip
+
+
+@cache
+def _combine_launcher(
+    device: torch.device, value_dim: int, most: int, has_only: bool, has_sinks: bool
+) -> Launcher:
     block_s = min(triton.next_power_of_2(most), COMBINE_SPLITS)
     block_dv = min(triton.next_power_of_2(value_dim), max(COMBINE_COLUMNS, COMBINE_SIZE // block_s))
-    with on_device(out):
-        combine_kernel[(ceil_div(value_dim, block_dv), heads, batch)](
-            partial, top, mass, as_bytes(only), _contiguous(sinks), out, splits,
-            DV=value_dim,
-            HAS_ONLY=only is not None,
-            HAS_SINKS=sinks is not None,
-            BLOCK_S=block_s,
-            BLOCK_DV=block_dv,
-            num_warps=COMBINE_WARPS,
-            **dependent(out.device),
-        )  # fmt: skip
+    return Launcher(
+        combine_kernel,
+        device,
+        DV=value_dim,
+        HAS_ONLY=has_only,
+        HAS_SINKS=has_sinks,
+        BLOCK_S=block_s,
+        BLOCK_DV=block_dv,
+        num_warps=COMBINE_WARPS,
+        **dependent(device),
+    )
 
 
 def _stages(wanted: int, tile_bytes: int, device: torch.device) -> int:
@@ -451,10 +588,11 @@ def _stages(wanted: int, tile_bytes: int, device: torch.device) -> int:
     return max(1, min(wanted, shared_memory(device) // tile_bytes))
 
 
-def _one_pass_blocks(query: torch.Tensor, value_dim: int, block_g: int) -> tuple[int, int]:
+@cache
+def _one_pass_blocks(dtype: torch.dtype, dim: int, value_dim: int, block_g: int) -> tuple[int, int]:
     """Columns of K and V handled at a time, such that tiles fit in memory."""
-    wide = query.dtype == torch.float32
-    block_d = min(_block_of(query.shape[-1]), 32 if wide else 128)
+    wide = dtype == torch.float32
+    block_d = min(_block_of(dim), 32 if wide else 128)
     block_dv = min(triton.next_power_of_2(value_dim), 64 if wide else 256, 4096 // block_g)
     return block_d, max(block_dv, 16)
 
@@ -505,11 +643,6 @@ def dependent(device: torch.device) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True}
 
 
-def on_device(tensor: torch.Tensor) -> "torch.cuda.device":
-    """The CUDA device of a tensor as a context; without CUDA (the interpreter) it does nothing."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
-
-
 def ceil_div(a: int, b: int) -> int:
     """Triton's own, made for compiled code, costs the host more than a microsecond."""
     return -(-a // b)
@@ -550,11 +683,14 @@ def _block_of(dim: int) -> int:
 
 def alignment(tensor: torch.Tensor) -> int:
     """Elements, at most 16 bytes of them, that the start of every head of K or V is a multiple of."""
-    align = 16 // tensor.element_size()
-    offsets = [tensor.stride(i) for i in (0, 1) if tensor.shape[i] > 1]
-    while align > 1 and any(offset % align for offset in offsets):
-        align //= 2
-    return align
+    batch, heads, *_ = tensor.shape
+    batch_stride, head_stride, *_ = tensor.stride()
+    offset = 16 // tensor.element_size()
+    if batch > 1:
+        offset |= batch_stride
+    if heads > 1:
+        offset |= head_stride
+    return offset & -offset  # the lowest bit set in any of them
 
 
 def _exponent_scale(scaling: float, softcap: float | None) -> tuple[float, float]:
@@ -570,18 +706,25 @@ def visible(
     """The mask as bytes (B, N), 0 its stride where it is expanded, and its span, see `span_kernel`."""
     if mask is None:
         return None, None
-    rows = mask.view(torch.uint8).expand(batch, 1, 1, -1)[:, 0, 0]
-    span = torch.empty(batch, 2, dtype=torch.int32, device=mask.device)
-    with on_device(mask):
-        span_kernel[(batch,)](
-            rows, span, rows.shape[1], rows.stride(0),
-            STRIDE_MN=rows.stride(1),
-            HAS_LAST=has_last,
-            BLOCK=4096,
-            PDL=dependent(mask.device)["PDL"],
-            num_warps=16,
-        )  # fmt: skip
+    row_stride = 0 if mask.shape[0] == 1 else mask.stride(0)
+    rows = mask.view(torch.uint8).as_strided((batch, mask.shape[3]), (row_stride, mask.stride(3)))
+    span = torch.empty((batch, 2), dtype=torch.int32, device=mask.device)
+    launcher = _span_launcher(mask.device, rows.stride(1), has_last)
+    launcher((batch,), rows, span, rows.shape[1], rows.stride(0))
     return rows, span
+
+
+@cache
+def _span_launcher(device: torch.device, stride_mn: int, has_last: bool) -> Launcher:
+    return Launcher(
+        span_kernel,
+        device,
+        STRIDE_MN=stride_mn,
+        HAS_LAST=has_last,
+        BLOCK=4096,
+        PDL=dependent(device)["PDL"],
+        num_warps=16,
+    )
 
 
 def mask_stride(rows: torch.Tensor | None, axis: int) -> int:
@@ -598,4 +741,6 @@ def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def _per_row(values: torch.Tensor | None, batch: int) -> torch.Tensor | None:
     """int64 (B,) without gaps, from (B,) or one value for all rows."""
-    return None if values is None else values.expand(batch).contiguous()
+    if values is None:
+        return None
+    return (values if values.shape == (batch,) else values.expand(batch)).contiguous()
