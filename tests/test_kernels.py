@@ -42,6 +42,7 @@ from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from santa_hf.kernels import common, flash, launch  # noqa: E402
+from santa_hf.kernels.launcher import Launcher  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 ESTIMATORS = ("systematic", "stratified", "multinomial")
@@ -1226,10 +1227,64 @@ def test_dispatch_is_explicit() -> None:
     santa_decode(query.double(), key.double(), value.double(), kernel="auto")
 
 
+def dispatches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Kernels whose launches go through Triton's dispatch from now on."""
+    launched: list[Any] = []
+    dispatch = triton.JITFunction.run
+
+    def run_and_record(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launched.append(self)
+        return dispatch(self, *args, **kwargs)
+
+    monkeypatch.setattr(triton.JITFunction, "run", run_and_record)
+    return launched
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("scored", [False, True])
 @pytest.mark.parametrize("kernel", list(KERNELS))
-def test_a_growing_context_compiles_once(kernel: str, scored: bool) -> None:
+def test_compiled_kernels_give_what_triton_s_dispatch_gives(
+    kernel: str, scored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kernel, every bit; also after an argument moves to an address of another alignment, and
+    after Triton's own cache is emptied."""
+    query, key, value, keywords = case((3, 8, 2, 1500, 64, 64, BF16), "both" if scored else None)
+    if scored:
+        keywords = with_extras(keywords, query, EXTRAS)
+        keywords["exact"] = torch.tensor([True, False, False], device=DEVICE)
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)
+        return storage[1:].view(tensor.shape).copy_(tensor)
+
+    cases = [
+        (query, key, value),
+        (moved(query), moved(key), moved(value)),
+        (query, moved(key), value),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Launcher, "__call__", lambda self, grid, *x: self.kernel[grid](*x, **self.constants)
+        )
+        expected = [run(kernel, *tensors, **keywords) for tensors in cases]
+    for tensors in cases:
+        run(kernel, *tensors, **keywords)
+    dispatched = dispatches(monkeypatch)
+    for i in (0, 1, 2, 1, 0):
+        assert torch.equal(run(kernel, *cases[i], **keywords), expected[i])
+    torch.cuda.synchronize()
+    for jit in (launch.scores_kernel, launch.sample_kernel, launch.dense_kernel):
+        jit.device_caches.clear()
+    assert torch.equal(run(kernel, *cases[0], **keywords), expected[0])
+    assert not dispatched
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_a_growing_context_compiles_once(
+    kernel: str, scored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over a length at which pass 2 begins to walk more tiles at a time, all compiled by the first of
     200 steps; also with a mask, sinks, a soft cap and exact rows, which take every kernel there is."""
     query, _, _, keywords = case((2, 4, 2, 8, 64, 64, BF16))
@@ -1252,7 +1307,11 @@ def test_a_growing_context_compiles_once(kernel: str, scored: bool) -> None:
     def compiled() -> int:
         return sum(len(k.device_caches[torch.cuda.current_device()][0]) for k in kernels)
 
-    counts = []
+    for name, cached in vars(launch).items():
+        if name.endswith("_launcher"):
+            cached.cache_clear()
+    dispatched = dispatches(monkeypatch)
+    counts, dispatches_by = [], []
     for step, length in enumerate(range(boundary - 100, boundary + 100)):
         keys = cache[:, :, :length]
         contiguous = keys.contiguous() if length % 2 else keys
@@ -1264,8 +1323,10 @@ def test_a_growing_context_compiles_once(kernel: str, scored: bool) -> None:
             keywords["seed"] = step
         run(kernel, query, contiguous, contiguous, **keywords)
         counts.append(compiled())
+        dispatches_by.append(len(dispatched))
     assert counts[0] > 0
     assert counts[0] == counts[-1]
+    assert 0 < dispatches_by[0] == dispatches_by[-1]  # and Triton is asked for nothing again
 
 
 @pytest.mark.gpu
