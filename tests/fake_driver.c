@@ -3,22 +3,23 @@
 
 #include <cuda.h>
 
-typedef void (*launched_t)(void *function, const unsigned *shape, void **parameters, void *stream);
+// shape: grid, threads, shared memory, number of attributes, and id and value of each.
+typedef void (*record_t)(void *function, const unsigned *shape, void **parameters, void *stream);
 
-static launched_t launched;
+static record_t record;
 static long handle = 1000;
 
-void on_launch(launched_t callback) { launched = callback; }
+void call_at_launches(record_t callback) { record = callback; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
-  unsigned shape[12] = {config->gridDimX,  config->gridDimY,       config->gridDimZ,
+  unsigned shape[14] = {config->gridDimX,  config->gridDimY,       config->gridDimZ,
                         config->blockDimX, config->sharedMemBytes, config->numAttrs};
-  for (unsigned i = 0; i < config->numAttrs && i < 3; i++) {
+  for (unsigned i = 0; i < config->numAttrs && i < 4; i++) {
     shape[6 + 2 * i] = config->attrs[i].id;
     shape[7 + 2 * i] = config->attrs[i].value.programmaticStreamSerializationAllowed;
   }
-  if (launched)
-    launched((void *)function, shape, parameters, (void *)config->hStream);
+  if (record)
+    record((void *)function, shape, parameters, (void *)config->hStream);
   return CUDA_SUCCESS;
 }
 
@@ -57,25 +58,8 @@ CUresult cuCtxGetCurrent(CUcontext *context) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuCtxGetDevice(CUdevice *device) {
-  *device = 0;
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuDriverGetVersion(int *version) {
-  *version = 13000;
-  return CUDA_SUCCESS;
-}
-
-CUresult cuGetErrorString(CUresult error, const char **text) {
-  *text = "no error";
-  return CUDA_SUCCESS;
-}
-
-#define SUCCEEDS(name, ...)                                                                                 \
-  CUresult name(__VA_ARGS__) { return CUDA_SUCCESS; }
-
-SUCCEEDS(cuCtxSetCurrent, CUcontext context)
-SUCCEEDS(cuDevicePrimaryCtxRetain, CUcontext *context, CUdevice device)
-SUCCEEDS(cuFuncSetAttribute, CUfunction function, CUfunction_attribute attribute, int value)
-SUCCEEDS(cuFuncSetCacheConfig, CUfunction function, CUfunc_cache config)
+CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }

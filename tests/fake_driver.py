@@ -9,7 +9,8 @@ In FOLDER lies `fake_driver.c` compiled:
 
 Triton compiles for compute capability 9.0 and launches as it does on a GPU; tensors lie in the memory of
 the CPU. Each call goes through `Launcher` twice, with Triton's own dispatch between, and has to ask the
-driver for the same each time: functions, grids, attributes, stream, and every parameter, byte for byte.
+driver for the same each time: functions, grids, attributes, stream, scalars byte for byte, and pointers
+in the same places, which have to be those of the tensors.
 It prints a line for each call: its name, how many launches it made, and how many kernels were compiled;
 with --time, how long each way takes the host, allocations and all.
 """
@@ -64,10 +65,15 @@ class OnGpu(Launcher):
         super().__init__(kernel, torch.device("cuda", 0), **constants)
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        before = len(launches)
         if self.through_triton:
             self.kernel[grid](*arguments, **self.constants)
         else:
             super().__call__(grid, *arguments)
+        asked = [x.data_ptr() for x in arguments[: self._pointers] if x is not None]
+        for *_, values in launches[before:]:
+            told = [int.from_bytes(x, "little") for t, x in values if t.startswith("*")]
+            assert told == asked, self.kernel
 
 
 SIZES = {"i1": 1, "i8": 1, "i32": 4, "i64": 8, "fp32": 4}
@@ -92,14 +98,14 @@ def watch_compilations() -> None:
     ctypes.POINTER(ctypes.c_void_p),
     ctypes.c_void_p,
 )
-def on_launch(function: int, shape: Any, parameters: Any, stream: int) -> None:
+def record(function: int, shape: Any, parameters: Any, stream: int) -> None:
     kernel = compiled[function]
     types = [t for t in kernel.src.signature.values() if t != "constexpr"]
     values = [
         (t, ctypes.string_at(parameters[i], 8 if t.startswith("*") else SIZES[t]))
         for i, t in enumerate(types)
     ]
-    launches.append((kernel.name, function, tuple(shape[:12]), stream, values))
+    launches.append((kernel.name, function, tuple(shape[:14]), stream, values))
 
 
 def recorded(call: Callable[[], object]) -> list[tuple[Any, ...]]:
@@ -131,27 +137,36 @@ def calls() -> list[tuple[str, Callable[[], object]]]:
     query, key, value = states(1, 8, 1, 64), states(1, 2, 300, 64), states(1, 2, 300, 64)
     longer = states(1, 2, 431, 64)
     odd = states(1, 2, 300, 64, offset=1)
+    two, both = states(2, 8, 1, 64), states(2, 2, 300, 64)
+    index = torch.empty(2, 8, 40, dtype=torch.int64)
     full = {
         **step, "samples": 600, "mask": torch.rand(1, 1, 1, 300) < 0.7, "seed": torch.tensor([5]),
         "softcap": 20.0, "sinks": torch.randn(8), "exact": torch.tensor([False]), "position": None,
     }  # fmt: skip
     rows = torch.randperm(300)[None]
     latents, rotary, absorbed = states(1, 1, 300, 128), states(1, 1, 300, 32), states(1, 16, 1, 160)
+    many = states(1, 32, 1, 160)
     over_latents = {"rotary_key": rotary, "scaling": 0.1, "mask": None}
     return [
         ("prop", lambda: launch.prop(query, key, value, **step)),
         ("prop, longer", lambda: launch.prop(query, longer, longer, **{**step, "layer": 9})),
         ("prop, odd addresses", lambda: launch.prop(query, odd, odd, **step)),
+        ("prop, one odd address", lambda: launch.prop(query, odd, value, **step)),
         ("prop, everything", lambda: launch.prop(query, key, value, **full)),
         ("prop, rows", lambda: launch.prop(query, key, value, **step, rows=rows)),
         (
             "prop, rows of 32 bits",
             lambda: launch.prop(query, key, value, **step, rows=rows.int()),
         ),
+        (
+            "prop, two rows",
+            lambda: launch.prop(two, both, both, **{**step, "mask": full["mask"]}, index=index),
+        ),
         ("prop, again", lambda: launch.prop(query, key, value, **step)),
         ("dense", lambda: launch.fused(query, key, value, **{**step, "estimator": "dense"})),
         ("flash", lambda: launch.fused(query, key, value, **step)),
         ("latent dense", lambda: latent.dense(absorbed, latents, latents, **over_latents)),
+        ("latent dense, 32 heads", lambda: latent.dense(many, latents, latents, **over_latents)),
         ("latent prop", lambda: latent.prop(absorbed, latents, latents, **step, rotary_key=rotary)),
     ]
 
@@ -184,7 +199,7 @@ def main() -> None:
     torch.manual_seed(0)
     triton.runtime.driver.set_active(Driver())
     torch.cuda.current_device = lambda: 0
-    DRIVER.on_launch(on_launch)
+    DRIVER.call_at_launches(record)
     watch_compilations()
     launch.Launcher = latent.Launcher = OnGpu  # type: ignore[misc]
     launch.dependent = lambda device: {"PDL": True, "launch_pdl": True}  # type: ignore[assignment]
@@ -200,7 +215,7 @@ def main() -> None:
         print(f"{name}: {len(found[0])} launches, {len(compiled) - before} compiled", flush=True)
     if "--time" in sys.argv:
         torch.set_num_threads(1)
-        DRIVER.on_launch(None)
+        DRIVER.call_at_launches(None)
         print(f"Triton {triton.__version__}, microseconds through Triton and through Launcher")
         for name, call in calls():
             us = []

@@ -298,7 +298,7 @@ def test_every_kernel_compiles_and_is_launched_as_triton_would(
     compiled: dict[str, tuple[int, int]],
 ) -> None:
     """`fake_driver.py` fails at the first difference."""
-    assert len(compiled) == 11
+    assert len(compiled) == 14
     assert compiled["prop, everything"] == (5, 5)  # span, scores, sample, dense, combine
     assert all(launches >= 2 for launches, _ in compiled.values())
 
@@ -309,5 +309,6 @@ def test_lengths_compile_nothing_and_other_addresses_do(
     assert compiled["prop"] == (2, 2)
     assert compiled["prop, longer"] == (2, 0)
     assert compiled["prop, odd addresses"] == (2, 2)
+    assert compiled["prop, one odd address"] == (2, 0)
     assert compiled["prop, rows"] == compiled["prop, rows of 32 bits"] == (2, 2)
     assert compiled["prop, again"] == (2, 0)

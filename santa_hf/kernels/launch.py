@@ -34,7 +34,8 @@ MAX_DIM = 1024
 MAX_GROUP = 128
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Choices measured on an H100, see eval/bench/results/kernels.md. None of them changes a draw.
+# Choices measured on an H100, see eval/bench/results/kernels.md. None of them changes a draw. Launchers
+# keep them: a change at run time comes too late for shapes that have run.
 MIN_GROUP = 4  # rows that a group of query heads is padded to
 SCORE_WARPS = 8
 PART = 16  # keys of a tile that a draw passes at a time
@@ -238,8 +239,8 @@ def sample(
     stride_vb, stride_vh, stride_vn, _ = value.stride()
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
     launcher = _sample_launcher(
-        out.device, samples, estimator, heads // kv_heads, value_dim, stride_vn, span is not None,
-        rows is not None, exact is not None, sinks is not None, row_seed is not None,
+        out.device, samples <= FEW_DRAWS, estimator, heads // kv_heads, value_dim, stride_vn,
+        span is not None, rows is not None, exact is not None, sinks is not None, row_seed is not None,
         position is not None, index is not None, parts is not None, alignment(value),
     )  # fmt: skip
     chunks = ceil_div(samples, launcher.constants["BLOCK_S"])
@@ -257,7 +258,7 @@ def sample(
 @cache
 def _sample_launcher(
     device: torch.device,
-    samples: int,
+    few: bool,
     estimator: str,
     group: int,
     value_dim: int,
@@ -294,7 +295,7 @@ def _sample_launcher(
         PART=PART,
         ALIGN=align,
         BLOCK_DV=_block_of(value_dim),
-        **_sample_blocks(samples, has_parts),
+        **_sample_blocks(few, has_parts),
         **dependent(device),
     )
 
@@ -557,7 +558,10 @@ def combine(
 ) -> None:
     """Merge splits, see `combine_kernel`; `most` is how many there would be of a long row."""
     batch, heads, _, value_dim = out.shape
-    launcher = _combine_launcher(out.device, value_dim, most, only is not None, sinks is not None)
+    block_s = min(triton.next_power_of_2(most), COMBINE_SPLITS)
+    launcher = _combine_launcher(
+        out.device, value_dim, block_s, only is not None, sinks is not None
+    )
     launcher(
         (ceil_div(value_dim, launcher.constants["BLOCK_DV"]), heads, batch),
         partial, top, mass, as_bytes(only), _contiguous(sinks), out, splits,
@@ -566,9 +570,8 @@ def combine(
 
 @cache
 def _combine_launcher(
-    device: torch.device, value_dim: int, most: int, has_only: bool, has_sinks: bool
+    device: torch.device, value_dim: int, block_s: int, has_only: bool, has_sinks: bool
 ) -> Launcher:
-    block_s = min(triton.next_power_of_2(most), COMBINE_SPLITS)
     block_dv = min(triton.next_power_of_2(value_dim), max(COMBINE_COLUMNS, COMBINE_SIZE // block_s))
     return Launcher(
         combine_kernel,
@@ -655,13 +658,12 @@ def _block_of_group(group: int) -> int:
 
 
 @cache
-def _sample_blocks(samples: int, parts: bool) -> dict[str, int]:
+def _sample_blocks(few: bool, parts: bool) -> dict[str, int]:
     """Draws of a program of pass 2, chunks merged and tiles walked at a time: by the budget alone, so
     that a row is summed alike in any batch.
 
     One warp needs no barrier between its steps, which wait for each other.
     """
-    few = samples <= FEW_DRAWS
     return {
         "BLOCK_S": 16 if few else 64 if parts else 32,
         "BLOCK_C": MERGE_CHUNKS // 2 if few else MERGE_CHUNKS,
@@ -703,7 +705,7 @@ def _exponent_scale(scaling: float, softcap: float | None) -> tuple[float, float
 def visible(
     mask: torch.Tensor | None, batch: int, has_last: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The mask as bytes (B, N), 0 its stride where it is expanded, and its span, see `span_kernel`."""
+    """The mask as bytes (B, N), of stride 0 where it has one row, and its span, see `span_kernel`."""
     if mask is None:
         return None, None
     row_stride = 0 if mask.shape[0] == 1 else mask.stride(0)
