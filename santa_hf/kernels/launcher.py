@@ -17,8 +17,8 @@ class Launcher:
     3.6). Here it does so once for each key, and the kernel that it compiled is launched from then on.
     Beyond the constants the code of our kernels depends on three things of a pointer: whether there is
     one, its dtype, and whether it is a multiple of 16 bytes. Scalars have a type written beside them and
-    are not specialised on. Launch hooks of Triton's still run; its settings (debug, instrumentation) stay
-    as they were at the first launch.
+    are not specialised on. Triton's launch hooks still run; its settings, such as debug mode, stay what
+    they were at the first launch.
 
     Arguments are pointers, which have no annotation, then scalars; constants follow them. Tensors have
     to lie on the device: after the first launch of a key nobody checks that. The kernel runs in the
