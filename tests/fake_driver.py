@@ -61,7 +61,6 @@ class OnGpu(Launcher):
     through_triton = False
 
     def __init__(self, kernel: Any, device: torch.device, **constants: Any) -> None:
-        check_parameters(kernel)
         super().__init__(kernel, torch.device("cuda", 0), **constants)
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
@@ -70,8 +69,8 @@ class OnGpu(Launcher):
             self.kernel[grid](*arguments, **self.constants)
         else:
             super().__call__(grid, *arguments)
-        asked = [x.data_ptr() for x in arguments[: self._pointers] if x is not None]
         for *_, values in launches[before:]:
+            asked = [x.data_ptr() for x in arguments[: self._pointers] if x is not None]
             told = [int.from_bytes(x, "little") for t, x in values if t.startswith("*")]
             assert told == asked, self.kernel
 
@@ -169,19 +168,6 @@ def calls() -> list[tuple[str, Callable[[], object]]]:
         ("latent dense, 32 heads", lambda: latent.dense(many, latents, latents, **over_latents)),
         ("latent prop", lambda: latent.prop(absorbed, latents, latents, **step, rotary_key=rotary)),
     ]
-
-
-def check_parameters(kernel: Any) -> None:
-    """Pointers come first, then scalars, then constants, and Triton specialises on no scalar."""
-    kinds = [
-        2 if parameter.is_constexpr else 1 if parameter.annotation else 0
-        for parameter in kernel.params
-    ]
-    assert kinds == sorted(kinds), kernel
-    for parameter in kernel.params:
-        scalar = parameter.annotation and not parameter.is_constexpr
-        free = parameter.do_not_specialize or "fp" in parameter.annotation_type
-        assert not scalar or free, f"{parameter.name} of {kernel}"
 
 
 def microseconds(call: Callable[[], object]) -> float:

@@ -13,8 +13,8 @@ class Launcher:
     """A kernel with its constants and options on one device: `launcher(grid, *arguments)`.
 
     At every launch Triton binds the arguments by name, asks each what the code depends on, and prints
-    the answers into the key of its cache: 10 to 17 us of the host (`tests/fake_driver.py --time`, Triton
-    3.6). Here it does so once for each key, and the kernel that it compiled is launched from then on.
+    the answers into the key of its cache: 12 to 25 us of the host (eval/bench/results/launches.txt).
+    Here it does so once for each key, and the kernel that it compiled is launched from then on.
     Beyond the constants the code of our kernels depends on three things of a pointer: whether there is
     one, its dtype, and whether it is a multiple of 16 bytes. Scalars have a type written beside them and
     are not specialised on. Triton's launch hooks still run; its settings, such as debug mode, stay what
