@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -116,28 +116,21 @@ def decode_valid(
             hidden ones too; None for keys in their order. `key` and `value` are then the storage
             of a paged cache, expanded to (B, KVH, slots, D), and the kernels read them in place.
     """
-    row_seed = seed if isinstance(seed, torch.Tensor) else None
-    run = ops.decode if torch.compiler.is_compiling() else _dispatch
-    return run(
-        query,
-        key,
-        value,
-        mask,
-        position,
-        row_seed,
-        sinks,
-        exact,
-        rotary_key,
-        rows,
-        seed=0 if isinstance(seed, torch.Tensor) else seed,
-        samples=samples,
-        estimator=estimator,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        layer=layer,
-        head_offset=head_offset,
-        implementation=kernel,
-    )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.compiler.is_compiling():
+        row_seed, seed = (seed, 0) if isinstance(seed, torch.Tensor) else (None, seed)
+        return ops.decode(
+            query, key, value, mask, position, row_seed, sinks, exact, rotary_key, rows, seed=seed,
+            samples=samples, estimator=estimator, scaling=scaling, softcap=softcap, layer=layer,
+            head_offset=head_offset, implementation=kernel,
+        )  # fmt: skip
+    scored = softcap is not None or sinks is not None
+    decode = _implementation(query, key, value, rotary_key, rows, scored, estimator, kernel)
+    return decode(
+        query, key, value, samples=samples, estimator=estimator, scaling=scaling, mask=mask, seed=seed,
+        layer=layer, position=position, head_offset=head_offset, softcap=softcap, sinks=sinks,
+        exact=exact,
+    )  # fmt: skip
 
 
 def are_valid(
@@ -196,7 +189,7 @@ def _is_of_heads(sinks: torch.Tensor, heads: int, device: torch.device) -> bool:
     return sinks.is_floating_point() and sinks.shape == (heads,) and sinks.device == device
 
 
-def _dispatch(
+def _operator(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -209,36 +202,17 @@ def _dispatch(
     rows: torch.Tensor | None,
     *,
     seed: int,
-    samples: int,
-    estimator: str,
-    scaling: float,
-    softcap: float | None,
-    layer: int,
-    head_offset: int,
     implementation: str,
+    **choices: Any,
 ) -> torch.Tensor:
-    """Run a validated decode step: the implementation of the operator, called directly in eager."""
-    scored = softcap is not None or sinks is not None
-    decode = _implementation(query, key, value, rotary_key, rows, scored, estimator, implementation)
-    return decode(
-        query,
-        key,
-        value,
-        samples=samples,
-        estimator=estimator,
-        scaling=scaling,
-        mask=mask,
-        seed=seed if row_seed is None else row_seed,
-        layer=layer,
-        position=position,
-        head_offset=head_offset,
-        softcap=softcap,
-        sinks=sinks,
-        exact=exact,
-    )
+    """The operator of a compiled graph, when that runs."""
+    return decode_valid(
+        query, key, value, mask=mask, position=position, seed=seed if row_seed is None else row_seed,
+        sinks=sinks, exact=exact, rotary_key=rotary_key, rows=rows, kernel=implementation, **choices,
+    )  # fmt: skip
 
 
-torch.library.impl("santa_hf::decode", "default", _dispatch)
+torch.library.impl("santa_hf::decode", "default", _operator)
 
 
 def _implementation(
@@ -261,7 +235,7 @@ def _implementation(
     parts: dict[str, Any] = {"rows": rows} if rotary_key is None else {"rotary_key": rotary_key}
     if kernel == "reference" or (kernel == "auto" and query.device.type != "cuda"):
         return partial(reference.decode, **parts)
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         reason: str | None = "Triton is not installed"
     elif rotary_key is None:
         from .kernels import launch
@@ -279,6 +253,11 @@ def _implementation(
     if kernel != "auto":
         raise NotImplementedError(f"kernel={kernel!r} cannot run here: {reason}")
     return partial(reference.decode, **parts)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -66,7 +66,7 @@ class OnGpu(Launcher):
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         before = len(launches)
         if self.through_triton:
-            self.kernel[grid](*arguments, **self.constants)
+            self._dispatch(grid, arguments)
         else:
             super().__call__(grid, *arguments)
         for *_, values in launches[before:]:

@@ -203,7 +203,7 @@ def kernel_softmax(
     stash, top, total, done, parts = launch.scores(
         query, key, scaling=keywords["scaling"], mask=mask, span=span,
         softcap=keywords.get("softcap"), parts=True,
-    )  # fmt: skip
+    ).tensors()  # fmt: skip
     assert not done.any()
     shape = (batch, key.shape[1], heads // key.shape[1])
     empty = top == -torch.inf
@@ -1011,7 +1011,7 @@ def test_hidden_tiles_are_skipped_and_change_no_bit(estimator: str) -> None:
     rows, span = launch.visible(mask, 1, True)
     stash, top, total, *_ = launch.scores(
         query, key, scaling=keywords["scaling"], mask=rows, span=span
-    )
+    ).tensors()
     assert stash[:, :, 1:3].isnan().all()
     assert (top[:, :, 1:3] == -torch.inf).all()
     assert (total[:, :, 1:3] == 0).all()
@@ -1139,7 +1139,7 @@ def test_systematic_over_a_grid_of_uniforms(profile: str) -> None:
                 chosen.append(seeds_over_a_grid(offset, levels, within))
     rows = sum(map(len, chosen))
     index = torch.empty(rows, 1, samples, dtype=torch.int64, device=DEVICE)
-    many = launch.Weights(*(x.expand(rows, *x.shape[1:]).contiguous() for x in weights))  # type: ignore[union-attr]
+    many = launch.Weights(*(x.expand(rows, *x.shape[1:]).contiguous() for x in weights.tensors()))
     launch.sample(
         value.expand(rows, -1, -1, -1), None, many, query.new_empty(rows, 1, 1, 32),
         samples=samples, estimator="systematic", seed=torch.cat(chosen), layer=3, position=zero,
@@ -1264,9 +1264,7 @@ def test_compiled_kernels_give_what_triton_s_dispatch_gives(
         (query, moved(key), value),
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(
-            Launcher, "__call__", lambda self, grid, *x: self.kernel[grid](*x, **self.constants)
-        )
+        patch.setattr(Launcher, "__call__", lambda self, grid, *x: self._dispatch(grid, x))
         expected = [run(kernel, *tensors, **keywords) for tensors in cases]
     for tensors in cases:
         run(kernel, *tensors, **keywords)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from santa_hf.kernels import common, latent, launch, launcher
-from santa_hf.kernels.launcher import Launcher
+from santa_hf.kernels.launcher import ALIGNMENT, Launcher, workspace
 
 JIT = [
     common.span_kernel,
@@ -76,11 +76,19 @@ class Pointer(NamedTuple):
 class Compiled:
     """A kernel that Triton compiled, and what it was launched with."""
 
+    function, packed_metadata = 41, (4, 1, 0)
+
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
+        self.hooked: list[tuple[Any, ...]] = []
+
+    def run(self, x: int, y: int, z: int, *rest: Any) -> None:
+        stream, function, metadata, *hooks = rest[:6]
+        assert (function, metadata, hooks) == (41, (4, 1, 0), [None] * 3)
+        self.launches.append(((x, y, z), *rest[6:], stream))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments: self.launches.append((grid[:3], *arguments, current_device()))
+        return lambda *arguments: self.hooked.append((grid[:3], *arguments))
 
 
 class Kernel:
@@ -119,6 +127,8 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: state.index)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(launcher, "CompiledKernel", Compiled)
+    streams = SimpleNamespace(get_current_stream=lambda index: 1000 + index)
+    monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=streams))
 
 
 def compiled_of(made: Launcher) -> list[Any]:
@@ -137,9 +147,60 @@ def test_the_first_launch_is_triton_s_and_later_ones_the_compiled_kernel_s() -> 
     (compiled,) = compiled_of(made)
     # As Triton launches it: every parameter in its order, with anything in the place of a constant.
     assert compiled.launches == [
-        ((6, 3, 1), 2048, 4096, 16, None, 0),
-        ((7, 1, 1), 1024, 4096, 1, None, 0),
+        ((6, 3, 1), 2048, 4096, 16, None, 1000),
+        ((7, 1, 1), 1024, 4096, 1, None, 1000),
     ]
+    assert not compiled.hooked
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_of_triton_see_every_launch(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Launcher(Kernel(), GPU, BLOCK=8)
+    x, y = Pointer(1024), Pointer(4096)
+    made((5,), x, y, 77)
+    chain = type(getattr(triton.knobs.runtime, hook))()
+    monkeypatch.setattr(triton.knobs.runtime, hook, chain)
+    made((5,), x, y, 77)
+    chain.add(print)
+    made((5,), x, y, 77)
+    monkeypatch.setattr(triton.knobs.runtime, hook, None)
+    made((5,), x, y, 77)
+    (compiled,) = compiled_of(made)
+    assert compiled.hooked == [((5, 1, 1), 1024, 4096, 77, None)]
+    assert len(compiled.launches) == 2
+
+
+def test_parts_of_a_workspace_are_views_of_one_memory() -> None:
+    shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
+        ((2, 3, 5), torch.float16), ((7,), torch.float32), ((1,), torch.int32), ((3, 0), torch.int64),
+        ((2, 2), torch.int64),
+    ]  # fmt: skip
+    parts = workspace(torch.device("cpu"), *shapes)
+    tensors = [part.tensor() for part in parts]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
+    for i, (part, tensor, (shape, dtype)) in enumerate(zip(parts, tensors, shapes, strict=True)):
+        assert part.shape == tensor.shape == shape
+        assert part.dtype == tensor.dtype == dtype
+        assert tensor.is_contiguous()
+        if tensor.numel():
+            assert part.data_ptr() == tensor.data_ptr()
+        assert (tensor.storage_offset() * dtype.itemsize) % ALIGNMENT == 0
+        tensor.fill_(i)
+    assert all((tensor == i).all() for i, tensor in enumerate(tensors))
+
+
+def test_triton_is_given_the_tensors_of_parts() -> None:
+    kernel = Kernel()
+    made = Launcher(kernel, GPU, BLOCK=8)
+    (part,) = workspace(torch.device("cpu"), ((5,), torch.float32))
+    made((1,), part, None, 3)
+    ((_, (tensor, *_), *_),) = kernel.dispatched
+    assert isinstance(tensor, torch.Tensor)
+    assert tensor.data_ptr() == part.data_ptr()
+    made((1,), tensor, None, 3)  # a tensor or a part of the same kind: one kernel
+    made((1,), part, None, 3)
+    (compiled,) = compiled_of(made)
+    assert compiled.launches == 2 * [((1, 1, 1), part.data_ptr(), None, 3, None, 1000)]
 
 
 def test_what_a_pointer_is_compiled_for() -> None:
@@ -161,7 +222,7 @@ def test_what_a_pointer_is_compiled_for() -> None:
     assert [arguments[:2] for _, arguments, *_ in kernel.dispatched] == kinds
     for pointers, compiled in zip(kinds, compiled_of(made), strict=True):
         addresses = tuple(None if p is None else p.address for p in pointers)
-        assert compiled.launches == 2 * [((1, 1, 1), *addresses, 3, None, 0)]
+        assert compiled.launches == 2 * [((1, 1, 1), *addresses, 3, None, 1000)]
     # Neither a scalar nor another address of the same kind.
     for n, offset in ((1, 16), (16, 32), (2**31 - 1, 48)):
         made((1,), Pointer(1024 + offset), Pointer(4096 + offset), n)
@@ -175,7 +236,8 @@ def test_a_kernel_runs_on_the_device_of_its_launcher() -> None:
         for made in (here, there):
             made((1,), Pointer(1024), None, 3)
     assert [device for *_, device in kernel.dispatched] == [0, 1]
-    assert [compiled.launches[0][-1] for (compiled,) in map(compiled_of, (here, there))] == [0, 1]
+    streams = [compiled.launches[0][-1] for (compiled,) in map(compiled_of, (here, there))]
+    assert streams == [1000, 1001]
     assert current_device() == 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -27,6 +26,7 @@ from .. import reference
 from ..config import LayerConfig, SantaConfig
 from ..functional import are_valid, decode_valid, santa_decode
 from ..reference import in_order, length_of
+from ..shared import once, share
 from ..stats import count_as_dense, counting_value_rows, layer_stats, warn_once
 from . import mla
 from .compat import heads_of_layer
@@ -149,7 +149,7 @@ def _row(
             row = padding.new_zeros(len(padding), length)
             stop = max(start, min(stop, padding.shape[1]))
             row[:, start - first : stop - first].copy_(padding[:, start:stop])
-    return row[:, None, None].expand(batch, 1, 1, length)
+    return share(row[:, None, None].expand(batch, 1, 1, length))
 
 
 def _static_row(
@@ -169,7 +169,8 @@ def _static_row(
             position = position.clamp(max=covered.shape[1] - 1)
         row = slots <= position.expand(len(covered), 1)
         row[:, : covered.shape[1]].logical_and_(covered)
-    return row[:, None, None].expand(batch, 1, 1, length)
+    mask = row[:, None, None].expand(batch, 1, 1, length)
+    return mask if torch.compiler.is_compiling() else share(mask)
 
 
 def santa_attention(
@@ -330,29 +331,31 @@ def _decode(
     Args:
         valid: whether the tensors are known to be valid, and need no check that names what is wrong.
     """
-    step = partial(
-        partial(decode_valid, rows=rows) if valid else santa_decode,
-        query,
-        key,
-        value,
-        mask=mask,
-        scaling=scaling,
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-        rotary_key=rotary_key,
-        kernel=config.kernel,
-    )
+    decode = decode_valid if valid else santa_decode
+    given: dict[str, Any] = {
+        "mask": mask,
+        "scaling": scaling,
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+        "rotary_key": rotary_key,
+        "kernel": config.kernel,
+    }
+    if valid:
+        given["rows"] = rows
     if config.estimator == "dense":
-        return step(estimator="dense")
+        return decode(query, key, value, estimator="dense", **given)
     batch, heads = query.shape[:2]
     over_latents = rotary_key is not None and config.kernel == "auto"
     unprofitable = over_latents and not mla.sampling_pays(query.device)
     if length_of(key, rows) < config.min_context or unprofitable:
         _count(module, "dense")
-        return step(estimator="dense")
+        return decode(query, key, value, estimator="dense", **given)
     exact = _short_rows(mask, batch, config.min_context)
     assert head_offset is not None  # such a layer went dense
-    out = step(
+    out = decode(
+        query,
+        key,
+        value,
         exact=exact,
         head_offset=head_offset,
         samples=config.samples,
@@ -360,6 +363,7 @@ def _decode(
         seed=config.seed if seed is None else seed.expand(batch).contiguous(),
         layer=cast(int, module.layer_idx),
         position=position,
+        **given,
     )
     if not torch.compiler.is_compiling():
         _count(module, "sampled", config.samples * heads * batch)
@@ -552,18 +556,17 @@ def _short_rows(mask: torch.Tensor | None, batch: int, min_context: int) -> torc
     """Rows that see fewer keys than `min_context`, bool (B,); None where there is no mask to say.
 
     Decided row by row, so that a sequence is treated alike alone and in a batch, and on the mask's
-    device: the host never waits. Layers of a step share their mask, so the answer is kept on it.
+    device: the host never waits.
     """
     if mask is None or min_context <= 1:
         return None
-    if torch.compiler.is_compiling() or mask.is_inference():
+
+    def derive() -> torch.Tensor:
         return (mask.sum(-1).flatten() < min_context).expand(batch)
-    asked = (mask._version, min_context, batch)
-    known = getattr(mask, "_santa_short_rows", None)
-    if known is None or known[0] != asked:
-        known = (asked, (mask.sum(-1).flatten() < min_context).expand(batch))
-        mask._santa_short_rows = known  # type: ignore[attr-defined]
-    return known[1]
+
+    if torch.compiler.is_compiling():
+        return derive()
+    return once(mask, ("short rows", min_context, batch), derive)
 
 
 def _count_rows(

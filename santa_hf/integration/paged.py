@@ -30,6 +30,7 @@ from transformers.generation.continuous_batching.input_outputs import Continuous
 from transformers.generation.continuous_batching.scheduler import Scheduler
 
 from ..config import SantaConfig
+from ..shared import share
 from .attention import santa_attention
 from .compat import longest_query, paged_layer, paged_storage, paged_update, shareable_blocks
 from .prefill import prefilling
@@ -222,7 +223,7 @@ def _decodes(
     index = start[:, None] + torch.arange(longest, device=start.device)
     stop = stop[:, None]
     rows = torch.where(index < stop - 1, read[index.clamp(max=len(read) - 1)], write[:, None])
-    mask = None if rows.shape == (1, len(read)) else (index < stop)[:, None, None]
+    mask = None if rows.shape == (1, len(read)) else share((index < stop)[:, None, None])
     return _Tokens(new, rows, write, mask)
 
 

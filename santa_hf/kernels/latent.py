@@ -497,10 +497,7 @@ def scores(
     batch, heads, *_ = query.shape
     _, _, length, rank = key.shape
     n_tiles, device = launch.ceil_div(length, TILE), query.device
-    stash = torch.empty((batch, 1, n_tiles, heads, TILE), dtype=torch.float16, device=device)
-    top = torch.empty((batch, heads, n_tiles), dtype=torch.float32, device=device)
-    total = torch.empty((batch, heads, n_tiles), dtype=torch.int32, device=device)
-    done = torch.empty((batch, heads), dtype=torch.int32, device=device)
+    weights = launch.workspace_of(device, batch, 1, heads, n_tiles, False)
     launcher = _scores_launcher(
         device, heads, rank, rotary_key.shape[3], key.stride(2), rotary_key.stride(2),
         launch.mask_stride(mask, 1), mask is not None, exact is not None, launch.alignment(query),
@@ -508,11 +505,12 @@ def scores(
     )  # fmt: skip
     launcher(
         (n_tiles, batch),
-        query, key, rotary_key, mask, span, launch.as_bytes(exact), stash, top, total, done,
+        query, key, rotary_key, mask, span, launch.as_bytes(exact), weights.stash,
+        weights.top, weights.total, weights.done,
         scaling * LOG2E.value, length, query.stride(0), query.stride(1), key.stride(0),
         rotary_key.stride(0), launch.mask_stride(mask, 0),
     )  # fmt: skip
-    return launch.Weights(stash, top, total, done)
+    return weights
 
 
 @cache

@@ -19,10 +19,11 @@ import triton
 
 from ..reference import FIXED_TILE, TILE, in_order, length_of
 from ..rng import Stream
+from ..shared import once
 from .common import LOG2E, span_kernel
 from .dense import combine_kernel, dense_kernel
 from .flash import flash_kernel
-from .launcher import Launcher
+from .launcher import Launcher, Part, workspace
 from .sample import sample_kernel
 from .scores import scores_kernel
 
@@ -67,11 +68,14 @@ class Weights(NamedTuple):
             not written where no key is visible.
     """
 
-    stash: torch.Tensor
-    top: torch.Tensor
-    total: torch.Tensor
-    done: torch.Tensor
-    parts: torch.Tensor | None = None
+    stash: Part
+    top: Part
+    total: Part
+    done: Part
+    parts: Part | None = None
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        return [None if part is None else part.tensor() for part in self]
 
 
 def why_not(
@@ -114,25 +118,34 @@ def scores(
     kv_heads, length = key.shape[1], length_of(key, rows)
     group, n_tiles, device = heads // kv_heads, ceil_div(length, TILE), query.device
     stride_kb, stride_kh, stride_kn, _ = key.stride()
-    tiles = batch, kv_heads, n_tiles, group
-    stash = torch.empty((*tiles, TILE), dtype=torch.float16, device=device)
-    top = torch.empty((batch, heads, n_tiles), dtype=torch.float32, device=device)
-    total = torch.empty((batch, heads, n_tiles), dtype=torch.int32, device=device)
-    done = torch.empty((batch, heads), dtype=torch.int32, device=device)
-    part = None
-    if parts:
-        part = torch.empty((*tiles, TILE // PART), dtype=torch.int32, device=device)
+    weights = workspace_of(device, batch, kv_heads, group, n_tiles, parts)
     launcher = _scores_launcher(
         device, group, dim, stride_kn, mask_stride(mask, 1), mask is not None, rows is not None,
         exact is not None, softcap is not None, parts, alignment(query), alignment(key),
     )  # fmt: skip
     launcher(
         (n_tiles, kv_heads, batch),
-        query, key, mask, span, _contiguous(rows), as_bytes(exact), stash, part, top, total,
-        done, *_exponent_scale(scaling, softcap), length,
+        query, key, mask, span, _contiguous(rows), as_bytes(exact), weights.stash, weights.parts,
+        weights.top, weights.total, weights.done, *_exponent_scale(scaling, softcap), length,
         query.stride(0), query.stride(1), stride_kb, stride_kh, mask_stride(mask, 0),
     )  # fmt: skip
-    return Weights(stash, top, total, done, part)
+    return weights
+
+
+def workspace_of(
+    device: torch.device, batch: int, kv_heads: int, group: int, n_tiles: int, parts: bool
+) -> Weights:
+    """Room for what pass 1 leaves."""
+    tiles, heads = (batch, kv_heads, n_tiles, group), (batch, kv_heads * group)
+    room = [
+        ((*tiles, TILE), torch.float16),
+        ((*heads, n_tiles), torch.float32),
+        ((*heads, n_tiles), torch.int32),
+        (heads, torch.int32),
+    ]
+    if parts:
+        room.append(((*tiles, TILE // PART), torch.int32))
+    return Weights(*workspace(device, *room))
 
 
 @cache
@@ -244,9 +257,9 @@ def sample(
         position is not None, index is not None, parts is not None, alignment(value),
     )  # fmt: skip
     chunks = ceil_div(samples, launcher.constants["BLOCK_S"])
-    partial = out
+    partial: torch.Tensor | Part = out
     if chunks > 1:
-        partial = out.new_empty(batch * heads * chunks * value_dim, dtype=torch.float32)
+        (partial,) = workspace(out.device, ((batch, heads, chunks, value_dim), torch.float32))
     launcher(
         (chunks, heads, batch),
         value, span, _contiguous(rows), as_bytes(exact), _contiguous(sinks), row_seed,
@@ -538,18 +551,17 @@ def _flash_launcher(
     )
 
 
-def partials(out: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unnormalised outputs (B, H, splits, Dv), their maxima and their masses (B, H, splits)."""
+def partials(out: torch.Tensor, splits: int) -> list[Part]:
+    """Room for unnormalised outputs (B, H, splits, Dv), their maxima and their masses (B, H, splits)."""
     batch, heads, _, value_dim = out.shape
-    partial = torch.empty(batch, heads, splits, value_dim, dtype=torch.float32, device=out.device)
-    top = torch.empty(batch, heads, splits, dtype=torch.float32, device=out.device)
-    return partial, top, torch.empty_like(top)
+    each = (batch, heads, splits), torch.float32
+    return workspace(out.device, ((*each[0], value_dim), torch.float32), each, each)
 
 
 def combine(
-    partial: torch.Tensor,
-    top: torch.Tensor,
-    mass: torch.Tensor,
+    partial: Part,
+    top: Part,
+    mass: Part,
     out: torch.Tensor,
     splits: int,
     most: int,
@@ -704,12 +716,18 @@ def _exponent_scale(scaling: float, softcap: float | None) -> tuple[float, float
 
 def visible(
     mask: torch.Tensor | None, batch: int, has_last: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
     """The mask as bytes (B, N), of stride 0 where it has one row, and its span, see `span_kernel`."""
     if mask is None:
         return None, None
+    return once(mask, ("span", batch, has_last), lambda: _visible(mask, batch, has_last))
+
+
+def _visible(mask: torch.Tensor, batch: int, has_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
     row_stride = 0 if mask.shape[0] == 1 else mask.stride(0)
-    rows = mask.view(torch.uint8).as_strided((batch, mask.shape[3]), (row_stride, mask.stride(3)))
+    # Of mask.data, since the mask may keep its rows, and a view keeps what it is of.
+    rows = mask.data.view(torch.uint8)
+    rows = rows.as_strided((batch, mask.shape[3]), (row_stride, mask.stride(3)))
     span = torch.empty((batch, 2), dtype=torch.int32, device=mask.device)
     launcher = _span_launcher(mask.device, rows.stride(1), has_last)
     launcher((batch,), rows, span, rows.shape[1], rows.stride(0))

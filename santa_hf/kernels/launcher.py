@@ -1,12 +1,59 @@
-"""Launches that pass by Triton's dispatch, which takes the host longer than a short kernel the GPU."""
+"""Launches and workspaces that cost the host less than a short kernel the GPU.
 
+Triton's dispatch takes longer than that, and so do PyTorch's allocations and views, of which a decode
+step has several in every layer.
+"""
+
+import math
 from typing import Any
 
 import torch
 import triton.language as tl
+from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
-__all__ = ["Launcher"]
+__all__ = ["Launcher", "Part", "workspace"]
+
+ALIGNMENT = 128  # bytes
+
+
+class Part:
+    """A part of a workspace: what a launch asks of a tensor, which is made when `tensor` is called."""
+
+    __slots__ = ("_address", "_memory", "_offset", "dtype", "shape")
+
+    def __init__(
+        self,
+        memory: torch.Tensor,
+        start: int,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> None:
+        """The `offset`-th byte of `memory`, which starts at address `start`, and those that follow."""
+        self.dtype, self.shape = dtype, shape
+        self._address, self._memory, self._offset = start + offset, memory, offset
+
+    def data_ptr(self) -> int:
+        """The address, as of a tensor."""
+        return self._address
+
+    def tensor(self) -> torch.Tensor:
+        """A view of the workspace, contiguous."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return self._memory[self._offset : self._offset + size].view(self.dtype).view(self.shape)
+
+
+def workspace(device: torch.device, *parts: tuple[tuple[int, ...], torch.dtype]) -> list[Part]:
+    """Memory that nobody wrote, for parts of these shapes and dtypes: one allocation for all."""
+    offsets, size = [], 0
+    for shape, dtype in parts:
+        offsets.append(size)
+        size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    memory = torch.empty(size, dtype=torch.uint8, device=device)
+    start = memory.data_ptr()
+    return [Part(memory, start, o, *part) for o, part in zip(offsets, parts, strict=True)]
 
 
 class Launcher:
@@ -20,9 +67,9 @@ class Launcher:
     are not specialised on. Triton's launch hooks still run; its settings, such as debug mode, stay what
     they were at the first launch.
 
-    Arguments are pointers, which have no annotation, then scalars; constants follow them. Tensors have
-    to lie on the device: after the first launch of a key nobody checks that. The kernel runs in the
-    stream that is current there.
+    Arguments are pointers, which have no annotation, then scalars; constants follow them. Pointers are
+    tensors or parts of a workspace, on the device: after the first launch of a key nobody checks that.
+    The kernel runs in the stream that is current there.
     """
 
     def __init__(self, kernel: Any, device: torch.device, **constants: Any) -> None:
@@ -39,30 +86,47 @@ class Launcher:
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch one program for each point of the grid, of one to three dimensions."""
         if self._index is None:
-            self.kernel[grid](*arguments, **self.constants)
+            self._dispatch(grid, arguments)
             return
         if self._index != torch.cuda.current_device():
             with torch.cuda.device(self._index):
                 self(grid, *arguments)
             return
-        addresses: list[int | None] = []
-        key: list[Any] = []
-        for pointer in arguments[: self._pointers]:
-            if pointer is None:
-                addresses.append(None)
-                key.append(None)
-            else:
-                address = pointer.data_ptr()
-                addresses.append(address)
-                key.append(pointer.dtype)
-                key.append(address % 16 == 0)
+        pointers = arguments[: self._pointers]
+        # Addresses, since Triton asks the driver about every tensor whether the GPU can read it.
+        addresses = [None if p is None else p.data_ptr() for p in pointers]
+        bits = 0
+        for address in addresses:
+            if address is not None:
+                bits |= address
+        key: list[Any] = [None if p is None else p.dtype for p in pointers]
+        if bits % 16:
+            key += [address is not None and address % 16 == 0 for address in addresses]
         compiled = self.compiled.get(tuple(key))
-        if compiled is not None:
-            # Addresses, since Triton asks the driver about every tensor whether the GPU can read it.
-            scalars = arguments[self._pointers :]
-            compiled[(*grid, 1, 1)](*addresses, *scalars, *self._unread)
+        if compiled is None:
+            compiled = self._dispatch(grid, arguments)
+            # None if a hook declines; a wrapper under asynchronous compilation.
+            if isinstance(compiled, CompiledKernel):
+                self.compiled[tuple(key)] = compiled
             return
-        compiled = self.kernel[grid](*arguments, **self.constants)
-        # None from the interpreter or a hook that declines; a wrapper under asynchronous compilation.
-        if isinstance(compiled, CompiledKernel):
-            self.compiled[tuple(key)] = compiled
+        values = (*addresses, *arguments[self._pointers :], *self._unread)
+        if _has_calls(knobs.runtime.launch_enter_hook) or _has_calls(
+            knobs.runtime.launch_exit_hook
+        ):
+            compiled[(*grid, 1, 1)](*values)
+            return
+        # As Triton does it, but for what only hooks would see.
+        stream = driver.active.get_current_stream(self._index)
+        x, y, z = (*grid, 1, 1)[:3]
+        compiled.run(
+            x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values
+        )
+
+    def _dispatch(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Any:
+        """Launch through Triton, which compiles what it has not compiled yet."""
+        tensors = [x.tensor() if isinstance(x, Part) else x for x in arguments]
+        return self.kernel[grid](*tensors, **self.constants)
+
+
+def _has_calls(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
