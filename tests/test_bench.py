@@ -8,6 +8,7 @@ import fcntl
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def test_decode_benchmark(tmp_path: Path) -> None:
         "bench decode", [*arguments, "--cases", "150x2", "--arms", "sdpa*", "--rounds", "2"]
     )
     rows = decode._read_rows(tmp_path / "decode.csv")
-    assert sorted(row.arm for row in rows) == sorted([*CPU_ARMS, decode.LAUNCH_FLOOR])
+    seen = "sdpa, dynamic" + decode.SEEN
+    assert sorted(row.arm for row in rows) == sorted([*CPU_ARMS, seen, decode.LAUNCH_FLOOR])
     assert all(row.steps == (6 if row.arm.startswith("sdpa") else 3) for row in rows)
     assert all(row.ms_p20 <= row.ms_p50 <= row.ms_p80 for row in rows)  # type: ignore[operator]
     assert {row.context for row in rows} == {150, decode.FLOOR_CONTEXT}
@@ -55,6 +57,26 @@ def test_a_compiled_arm_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> No
     steps = decode.WARM_UP + 3 + 2 + decode.PROFILED
     assert cache.get_seq_length() == 150 + 2 * steps
     assert cache.get_seq_length() <= cache.layers[0].keys.shape[2]
+
+
+def test_rounds_never_meet_a_length_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """But where that is what is measured."""
+    filled: list[tuple[Any, ...]] = []
+    make = decode._filled
+
+    def recorded(model: Any, static: bool, batch: int, context: int) -> Any:
+        filled.append((model.config._attn_implementation, batch, context))
+        return make(model, static, batch, context)
+
+    monkeypatch.setattr(decode, "_filled", recorded)
+    arguments = ["--tiny", "--steps", "2", "--rounds", "3", "--cases", "150x2", "150x1"]
+    decode.main("bench decode", [*arguments, "--arms", "santa dense, dynamic", "sdpa, dynamic"])
+    each = decode.WARM_UP + 2 + 2 + decode.PROFILED
+    contexts = [150, 150 + each, 150 + 2 * each]
+    for batch in (1, 2):
+        assert [n for name, b, n in filled if (name, b) == ("santa", batch)] == contexts
+        twice = [n for n in contexts for _ in range(2)]
+        assert [n for name, b, n in filled if (name, b) == ("sdpa", batch)] == twice
 
 
 def test_kernels_are_told_apart() -> None:

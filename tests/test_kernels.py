@@ -42,7 +42,7 @@ from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from santa_hf.kernels import common, flash, launch  # noqa: E402
-from santa_hf.kernels.launcher import Launcher  # noqa: E402
+from santa_hf.kernels.launcher import ALIGNMENT, Launcher  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 ESTIMATORS = ("systematic", "stratified", "multinomial")
@@ -1348,11 +1348,12 @@ def test_workspaces_take_the_bytes_of_the_formula(kernel: str, samples: int) -> 
         chunks = -(-samples // {34: 16, 300: 32, 513: 64}[samples])
         tile_bytes = 264 if samples <= 512 else 296
         tiles = -(-length // 128)
-        assert workspace == batch * heads * (tile_bytes * tiles + 4 * value_dim * chunks + 4)
+        expected = batch * heads * (tile_bytes * tiles + 4 * value_dim * chunks + 4)
+        assert 0 <= workspace - expected < 6 * ALIGNMENT
     else:
         splits, rest = divmod(workspace, batch * heads * (4 * value_dim + 8))
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        assert rest == 0
+        assert rest < 3 * ALIGNMENT
         assert 1 < splits <= 2 * processors
     # The allocator rounds each of a handful of blocks up, the largest ones by less than 1 MiB.
     peak = torch.cuda.max_memory_allocated() - allocated

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from santa_hf.kernels import common, latent, launch, launcher
-from santa_hf.kernels.launcher import ALIGNMENT, Launcher, workspace
+from santa_hf.kernels.launcher import ALIGNMENT, Launcher, Layout
 
 JIT = [
     common.span_kernel,
@@ -175,7 +175,7 @@ def test_parts_of_a_workspace_are_views_of_one_memory() -> None:
         ((2, 3, 5), torch.float16), ((7,), torch.float32), ((1,), torch.int32), ((3, 0), torch.int64),
         ((2, 2), torch.int64),
     ]  # fmt: skip
-    parts = workspace(torch.device("cpu"), *shapes)
+    parts = Layout(*shapes).allocate(torch.device("cpu"))
     tensors = [part.tensor() for part in parts]
     assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
     for i, (part, tensor, (shape, dtype)) in enumerate(zip(parts, tensors, shapes, strict=True)):
@@ -192,7 +192,7 @@ def test_parts_of_a_workspace_are_views_of_one_memory() -> None:
 def test_triton_is_given_the_tensors_of_parts() -> None:
     kernel = Kernel()
     made = Launcher(kernel, GPU, BLOCK=8)
-    (part,) = workspace(torch.device("cpu"), ((5,), torch.float32))
+    (part,) = Layout(((5,), torch.float32)).allocate(torch.device("cpu"))
     made((1,), part, None, 3)
     ((_, (tensor, *_), *_),) = kernel.dispatched
     assert isinstance(tensor, torch.Tensor)

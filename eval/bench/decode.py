@@ -4,8 +4,10 @@
 
 Caches are filled with random keys and values instead of a prefill, so that scores are nearly flat: the
 worst case for sampling. A step is timed as its user sees it, from one call of the stopping criteria to
-the next, and then taken apart by the GPU time of its kernels: products with weights, attention (with
-the copies that a kernel needs, such as repeated heads), writing and copying the cache, and the rest;
+the next, at lengths that the process has not decoded at before: cuDNN's attention, which SDPA takes on
+Hopper, prepares anew for each. It is then taken apart by the GPU time of its kernels: products with
+weights, attention (with the copies that a kernel needs, such as repeated heads), writing and copying
+the cache, and the rest;
 `idle` is what is left of the step. Floors are the bytes that a step cannot avoid over the bandwidth of
 one plain read, measured in the same run.
 """
@@ -110,6 +112,7 @@ ARMS = (
     Arm("flash_attention_2", None, False, False),
 )
 LAUNCH_FLOOR = "launch floor"
+SEEN = ", seen lengths"  # sdpa with the default cache once more, over the same lengths
 DEFERRED = ", deferred stop"  # a compiled arm under `santa_hf.deferred_stopping`
 
 # Classes of kernels by their names; the first match counts.
@@ -301,7 +304,7 @@ def _settle(model: PreTrainedModel, turns: Turns) -> None:
     times = [float("inf")]
     for _ in range(6):
         times.append(
-            statistics.median(measure(model, ARMS[0], 1, FLOOR_CONTEXT, 8, turns)[0].times)
+            statistics.median(measure(model, ARMS[0], 1, FLOOR_CONTEXT, 8, turns)[1].times)
         )
         if times[-1] > 0.97 * min(times[:-1]):
             break
@@ -319,7 +322,8 @@ def _free(model: PreTrainedModel) -> None:
 def measure(
     model: Any, arm: Arm, batch: int, context: int, steps: int, turns: Turns | None = None
 ) -> list[Measured]:
-    """Steps of one arm; of a compiled one a second time, under a deferred stop.
+    """Steps of one arm, and a second time: of a compiled one under a deferred stop, of sdpa with the
+    default cache over the same lengths.
 
     Args:
         model: as made by `build`; its attention is set here.
@@ -336,11 +340,17 @@ def measure(
     if arm.estimator is not None:
         santa_hf.configure(model, {"estimator": arm.estimator, "samples": SAMPLES})
     cuda = model.device.type == "cuda"
-    cache = _filled(model, arm.static, batch, context)
-    tokens = torch.randint(model.config.vocab_size, (batch, context + 1), device=model.device)
+    cache: Any = None
+    tokens: Any = None
     measured = []
-    for deferred in (False, True) if arm.compiled else (False,):
+    for second in (False, True) if _second_of(arm) else (False,):
         clock = _Clock(steps, cuda, turns)
+        deferred = second and arm.compiled
+        if not deferred:
+            cache = None  # given back before another is made
+            cache = _filled(model, arm.static, batch, context)
+            shape = batch, context + 1
+            tokens = torch.randint(model.config.vocab_size, shape, device=model.device)
         with santa_hf.deferred_stopping() if deferred else nullcontext():
             tokens = model.generate(
                 tokens,
@@ -356,6 +366,11 @@ def measure(
         measured.append(Measured(clock.milliseconds(), parts, peak))
     turns.take(fcntl.LOCK_UN)
     return measured
+
+
+def _second_of(arm: Arm) -> str:
+    """What an arm's second measurement is called, if it has one."""
+    return DEFERRED if arm.compiled else SEEN if arm == ARMS[0] else ""
 
 
 def _bandwidth() -> float:
@@ -432,7 +447,7 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     names = [
         name
         for arm in ARMS
-        for name in (arm.name, arm.name + DEFERRED)
+        for name in (arm.name, arm.name + (_second_of(arm) or DEFERRED))
         if any(row.arm == name for row in done)
     ]
     width = 0.85 / len(names)
@@ -564,6 +579,7 @@ def main(prog: str, argv: Sequence[str]) -> None:
     plan = list(dict.fromkeys(_arms(arguments.cases, arguments.arms)))
     eager = [case for case in plan if not case[-1].compiled]
     plan = eager * (arguments.rounds - 1) + plan
+    done: dict[tuple[int, int, str], int] = {}  # tokens by which the next round begins later
     if cuda and not all(arm.compiled for *_, arm in plan):
         _settle(model, turns)
     for context, batch, name, arm in plan:
@@ -593,11 +609,16 @@ def main(prog: str, argv: Sequence[str]) -> None:
         if cuda and _needed_bytes(model, batch, context) > torch.cuda.mem_get_info()[1]:
             row.error = "does not fit"
         else:
+            later = done.get((context, batch, name), 0)
+            done[context, batch, name] = later + WARM_UP + arguments.steps + 2 + PROFILED
             try:
-                found = [*measure(model, arm, batch, context, arguments.steps, turns)]
+                found = [*measure(model, arm, batch, context + later, arguments.steps, turns)]
             except torch.OutOfMemoryError as error:
                 row.error = f"out of memory: {str(error).splitlines()[0][:80]}"
-        for measured, suffix in zip(found, ("", DEFERRED), strict=False):
+        suffixes = ["", _second_of(arm)]
+        if name == LAUNCH_FLOOR:
+            found, suffixes = found[-1:], [""]  # of lengths that it has seen, which is the lower
+        for measured, suffix in zip(found, suffixes, strict=False):
             key = (context, batch, name + suffix)
             one = replace(row, arm=name + suffix)
             if measured is not None:

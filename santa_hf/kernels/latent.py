@@ -402,7 +402,7 @@ def _dense(
     blocks = launch.ceil_div(heads, block_h)
     most = max(1, launch.processors(device) // (blocks * batch))
     splits = min(most, launch.ceil_div(length, block_n))
-    partial, top, mass = launch.partials(out, splits)
+    partial, top, mass = launch.partials(batch, heads, splits, rank).allocate(device)
     launcher = _dense_launcher(
         device, heads, rank, rotary, key.stride(2), rotary_key.stride(2), launch.mask_stride(mask, 1),
         mask is not None, only is not None, launch.alignment(query), launch.alignment(key),
@@ -497,7 +497,9 @@ def scores(
     batch, heads, *_ = query.shape
     _, _, length, rank = key.shape
     n_tiles, device = launch.ceil_div(length, TILE), query.device
-    weights = launch.workspace_of(device, batch, 1, heads, n_tiles, False)
+    weights = launch.Weights(
+        *launch.weights_layout(batch, 1, n_tiles, heads, False).allocate(device)
+    )
     launcher = _scores_launcher(
         device, heads, rank, rotary_key.shape[3], key.stride(2), rotary_key.stride(2),
         launch.mask_stride(mask, 1), mask is not None, exact is not None, launch.alignment(query),

@@ -2,7 +2,8 @@
 
 Workspaces come from PyTorch's caching allocator at every call, so that layers and steps reuse the same
 blocks, CUDA graphs keep them in their own pool, and streams and devices never share one. In bytes, with
-T = ceil(N / 128) tiles and C chunks of 16, 32 or 64 draws (from 1, 129 and 513 samples on):
+T = ceil(N / 128) tiles and C chunks of 16, 32 or 64 draws (from 1, 129 and 513 samples on), and up to
+127 more for each part, of which there are six at most:
 
     prop          B H (264 T + 4 Dv C + 4)    264 T = about 2 bytes a key and query head
                                               (296 T from 513 samples on, but for latents,
@@ -11,7 +12,7 @@ T = ceil(N / 128) tiles and C chunks of 16, 32 or 64 draws (from 1, 129 and 513 
 """
 
 import os
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from ..shared import once
 from .common import LOG2E, span_kernel
 from .dense import combine_kernel, dense_kernel
 from .flash import flash_kernel
-from .launcher import Launcher, Part, workspace
+from .launcher import Launcher, Layout, Part
 from .sample import sample_kernel
 from .scores import scores_kernel
 
@@ -53,6 +54,10 @@ DENSE_STAGES = 2
 DENSE_WARPS = 8
 COMBINE_SPLITS, COMBINE_COLUMNS = 128, 32  # splits at a time at most, columns of V at least
 COMBINE_SIZE, COMBINE_WARPS = 512, 1  # sums of a program
+
+# What follows from shapes and strides is kept for so many of them: all layers of a model and a long run,
+# but not each length of a cache that is copied at every step, and whose strides grow.
+LAYOUTS = 1024
 
 
 class Weights(NamedTuple):
@@ -114,28 +119,25 @@ def scores(
     parts: bool = False,
 ) -> Weights:
     """Pass 1, see `scores_kernel`; `span` is that of the mask, rows that are `exact` are skipped."""
-    batch, heads, _, dim = query.shape
-    kv_heads, length = key.shape[1], length_of(key, rows)
-    group, n_tiles, device = heads // kv_heads, ceil_div(length, TILE), query.device
-    stride_kb, stride_kh, stride_kn, _ = key.stride()
-    weights = workspace_of(device, batch, kv_heads, group, n_tiles, parts)
-    launcher = _scores_launcher(
-        device, group, dim, stride_kn, mask_stride(mask, 1), mask is not None, rows is not None,
-        exact is not None, softcap is not None, parts, alignment(query), alignment(key),
+    batch, kv_heads = key.shape[:2]
+    length, device = length_of(key, rows), query.device
+    launcher, group, scale, strides = _scores_facts(
+        device, query.dtype, query.shape, query.stride(), kv_heads, key.stride(), scaling, softcap,
+        None if mask is None else mask.stride(), rows is not None, exact is not None, parts,
     )  # fmt: skip
+    n_tiles = ceil_div(length, TILE)
+    weights = Weights(*weights_layout(batch, kv_heads, n_tiles, group, parts).allocate(device))
     launcher(
         (n_tiles, kv_heads, batch),
         query, key, mask, span, _contiguous(rows), as_bytes(exact), weights.stash, weights.parts,
-        weights.top, weights.total, weights.done, *_exponent_scale(scaling, softcap), length,
-        query.stride(0), query.stride(1), stride_kb, stride_kh, mask_stride(mask, 0),
+        weights.top, weights.total, weights.done, *scale, length, *strides,
     )  # fmt: skip
     return weights
 
 
-def workspace_of(
-    device: torch.device, batch: int, kv_heads: int, group: int, n_tiles: int, parts: bool
-) -> Weights:
-    """Room for what pass 1 leaves."""
+@lru_cache(LAYOUTS)
+def weights_layout(batch: int, kv_heads: int, n_tiles: int, group: int, parts: bool) -> Layout:
+    """Room for `Weights`."""
     tiles, heads = (batch, kv_heads, n_tiles, group), (batch, kv_heads * group)
     room = [
         ((*tiles, TILE), torch.float16),
@@ -145,7 +147,34 @@ def workspace_of(
     ]
     if parts:
         room.append(((*tiles, TILE // PART), torch.int32))
-    return Weights(*workspace(device, *room))
+    return Layout(*room)
+
+
+@lru_cache(LAYOUTS)
+def _scores_facts(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    kv_heads: int,
+    key_strides: tuple[int, ...],
+    scaling: float,
+    softcap: float | None,
+    mask_strides: tuple[int, int] | None,
+    has_rows: bool,
+    has_exact: bool,
+    parts: bool,
+) -> tuple[Launcher, int, tuple[float, float], tuple[int, ...]]:
+    """Launcher of pass 1, query heads of a KV head, scale and cap, and the strides that are scalars."""
+    batch, heads, _, dim = shape
+    stride_mb, stride_mn = mask_strides or (0, 0)
+    launcher = _scores_launcher(
+        device, heads // kv_heads, dim, key_strides[2], stride_mn, mask_strides is not None, has_rows,
+        has_exact, softcap is not None, parts, _alignment(dtype, batch, heads, strides),
+        _alignment(dtype, batch, kv_heads, key_strides),
+    )  # fmt: skip
+    scalars = (*strides[:2], *key_strides[:2], stride_mb)
+    return launcher, heads // kv_heads, _exponent_scale(scaling, softcap), scalars
 
 
 @cache
@@ -248,24 +277,44 @@ def sample(
     """Pass 2, see `sample_kernel`: draws from the `weights` that `scores` left, into `out`."""
     stash, top, total, done, parts = weights
     batch, heads, _, value_dim = out.shape
-    kv_heads, length = value.shape[1], length_of(value, rows)
-    stride_vb, stride_vh, stride_vn, _ = value.stride()
+    length, device = length_of(value, rows), out.device
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
-    launcher = _sample_launcher(
-        out.device, samples <= FEW_DRAWS, estimator, heads // kv_heads, value_dim, stride_vn,
-        span is not None, rows is not None, exact is not None, sinks is not None, row_seed is not None,
-        position is not None, index is not None, parts is not None, alignment(value),
+    launcher, chunks, layout, strides = _sample_facts(
+        device, value.dtype, batch, heads, value.shape[1], value_dim, value.stride(), samples,
+        estimator, span is not None, rows is not None, exact is not None, sinks is not None,
+        row_seed is not None, position is not None, index is not None, parts is not None,
     )  # fmt: skip
-    chunks = ceil_div(samples, launcher.constants["BLOCK_S"])
-    partial: torch.Tensor | Part = out
-    if chunks > 1:
-        (partial,) = workspace(out.device, ((batch, heads, chunks, value_dim), torch.float32))
+    partial = out if layout is None else layout.allocate(device)[0]
     launcher(
         (chunks, heads, batch),
         value, span, _contiguous(rows), as_bytes(exact), _contiguous(sinks), row_seed,
         _per_row(position, batch), stash, parts, top, total, done, partial, index, out,
-        seed, length - 1, layer, head_offset, samples, length, top.shape[2], stride_vb, stride_vh,
+        seed, length - 1, layer, head_offset, samples, length, top.shape[2], *strides,
     )  # fmt: skip
+
+
+@lru_cache(LAYOUTS)
+def _sample_facts(
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    value_dim: int,
+    strides: tuple[int, ...],
+    samples: int,
+    estimator: str,
+    *has: bool,
+) -> tuple[Launcher, int, Layout | None, tuple[int, ...]]:
+    """Launcher of pass 2, chunks of draws, room for their sums if there are several, and the strides
+    that are scalars."""
+    launcher = _sample_launcher(
+        device, samples <= FEW_DRAWS, estimator, heads // kv_heads, value_dim, strides[2],
+        *has, _alignment(dtype, batch, kv_heads, strides),
+    )  # fmt: skip
+    chunks = ceil_div(samples, launcher.constants["BLOCK_S"])
+    partial = Layout(((batch, heads, chunks, value_dim), torch.float32)) if chunks > 1 else None
+    return launcher, chunks, partial, strides[:2]
 
 
 @cache
@@ -371,31 +420,57 @@ def _dense(
     rows: torch.Tensor | None,
 ) -> None:
     """Exact attention for the rows of `out` that `only`, bool (B,), names; None for all."""
-    batch, heads, _, dim = query.shape
-    kv_heads, length, value_dim = key.shape[1], length_of(key, rows), value.shape[-1]
-    group, device = heads // kv_heads, query.device
-    stride_kb, stride_kh, stride_kn, _ = key.stride()
-    stride_vb, stride_vh, stride_vn, _ = value.stride()
-    block_g = _block_of_group(group)
-    block_d, block_dv = _one_pass_blocks(query.dtype, dim, value_dim, block_g)
-    tile_bytes = DENSE_TILE * (dim + block_dv) * query.element_size()
-    value_blocks = ceil_div(value_dim, block_dv)
-    most = _most_splits(kv_heads * value_blocks, device)
-    split_tiles, splits = _splits(length, DENSE_TILE, most)
-    partial, top, mass = partials(out, splits)
-    launcher = _dense_launcher(
-        device, group, dim, value_dim, stride_kn, stride_vn, mask_stride(mask, 1), mask is not None,
-        rows is not None, only is not None, softcap is not None, alignment(query), alignment(key),
-        alignment(value), block_g, block_d, block_dv, value_blocks,
-        _stages(DENSE_STAGES, tile_bytes, device),
+    batch, heads, _, value_dim = out.shape
+    kv_heads, length, device = key.shape[1], length_of(key, rows), query.device
+    launcher, value_blocks, most, scale, strides = _dense_facts(
+        device, query.dtype, query.shape, query.stride(), kv_heads, key.stride(), value_dim,
+        value.stride(), scaling, softcap, None if mask is None else mask.stride(), rows is not None,
+        only is not None,
     )  # fmt: skip
+    split_tiles, splits = _splits(length, DENSE_TILE, most)
+    partial, top, mass = partials(batch, heads, splits, value_dim).allocate(device)
     launcher(
         (splits * value_blocks, kv_heads, batch),
         query, key, value, mask, span, _contiguous(rows), as_bytes(only), partial, top, mass,
-        *_exponent_scale(scaling, softcap), length, split_tiles, query.stride(0), query.stride(1),
-        stride_kb, stride_kh, stride_vb, stride_vh, mask_stride(mask, 0),
+        *scale, length, split_tiles, *strides,
     )  # fmt: skip
     combine(partial, top, mass, out, splits, most, sinks, only)
+
+
+@lru_cache(LAYOUTS)
+def _dense_facts(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    kv_heads: int,
+    key_strides: tuple[int, ...],
+    value_dim: int,
+    value_strides: tuple[int, ...],
+    scaling: float,
+    softcap: float | None,
+    mask_strides: tuple[int, int] | None,
+    has_rows: bool,
+    has_only: bool,
+) -> tuple[Launcher, int, int, tuple[float, float], tuple[int, ...]]:
+    """Launcher, blocks of columns of V, splits of a long row, scale and cap, and the strides that are
+    scalars."""
+    batch, heads, _, dim = shape
+    stride_mb, stride_mn = mask_strides or (0, 0)
+    block_g = _block_of_group(heads // kv_heads)
+    block_d, block_dv = _one_pass_blocks(dtype, dim, value_dim, block_g)
+    tile_bytes = DENSE_TILE * (dim + block_dv) * dtype.itemsize
+    value_blocks = ceil_div(value_dim, block_dv)
+    launcher = _dense_launcher(
+        device, heads // kv_heads, dim, value_dim, key_strides[2], value_strides[2], stride_mn,
+        mask_strides is not None, has_rows, has_only, softcap is not None,
+        _alignment(dtype, batch, heads, strides), _alignment(dtype, batch, kv_heads, key_strides),
+        _alignment(dtype, batch, kv_heads, value_strides), block_g, block_d, block_dv, value_blocks,
+        _stages(DENSE_STAGES, tile_bytes, device),
+    )  # fmt: skip
+    scalars = (*strides[:2], *key_strides[:2], *value_strides[:2], stride_mb)
+    most = _most_splits(kv_heads * value_blocks, device)
+    return launcher, value_blocks, most, _exponent_scale(scaling, softcap), scalars
 
 
 @cache
@@ -478,7 +553,7 @@ def _flash(
     value_blocks, group_blocks = ceil_div(value_dim, block_dv), ceil_div(group, block_g)
     most = _most_splits(kv_heads * value_blocks * group_blocks, device)
     split_tiles, splits = _splits(length, FIXED_TILE, most)
-    partial, top, mass = partials(out, splits)
+    partial, top, mass = partials(batch, heads, splits, value_dim).allocate(device)
     launcher = _flash_launcher(
         device, estimator, group, dim, value_dim, stride_kn, stride_vn, mask_stride(mask, 1),
         mask is not None, only is not None, softcap is not None, row_seed is not None,
@@ -551,11 +626,11 @@ def _flash_launcher(
     )
 
 
-def partials(out: torch.Tensor, splits: int) -> list[Part]:
+@lru_cache(LAYOUTS)
+def partials(batch: int, heads: int, splits: int, value_dim: int) -> Layout:
     """Room for unnormalised outputs (B, H, splits, Dv), their maxima and their masses (B, H, splits)."""
-    batch, heads, _, value_dim = out.shape
-    each = (batch, heads, splits), torch.float32
-    return workspace(out.device, ((*each[0], value_dim), torch.float32), each, each)
+    rows = batch, heads, splits
+    return Layout(((*rows, value_dim), torch.float32), (rows, torch.float32), (rows, torch.float32))
 
 
 def combine(
@@ -570,10 +645,7 @@ def combine(
 ) -> None:
     """Merge splits, see `combine_kernel`; `most` is how many there would be of a long row."""
     batch, heads, _, value_dim = out.shape
-    block_s = min(triton.next_power_of_2(most), COMBINE_SPLITS)
-    launcher = _combine_launcher(
-        out.device, value_dim, block_s, only is not None, sinks is not None
-    )
+    launcher = _combine_launcher(out.device, value_dim, most, only is not None, sinks is not None)
     launcher(
         (ceil_div(value_dim, launcher.constants["BLOCK_DV"]), heads, batch),
         partial, top, mass, as_bytes(only), _contiguous(sinks), out, splits,
@@ -582,8 +654,9 @@ def combine(
 
 @cache
 def _combine_launcher(
-    device: torch.device, value_dim: int, block_s: int, has_only: bool, has_sinks: bool
+    device: torch.device, value_dim: int, most: int, has_only: bool, has_sinks: bool
 ) -> Launcher:
+    block_s = min(triton.next_power_of_2(most), COMBINE_SPLITS)
     block_dv = min(triton.next_power_of_2(value_dim), max(COMBINE_COLUMNS, COMBINE_SIZE // block_s))
     return Launcher(
         combine_kernel,
@@ -696,14 +769,18 @@ def _block_of(dim: int) -> int:
 
 
 def alignment(tensor: torch.Tensor) -> int:
-    """Elements, at most 16 bytes of them, that the start of every head of K or V is a multiple of."""
+    """Elements, at most 16 bytes of them, that the start of every head of a query, of K or of V is a
+    multiple of."""
     batch, heads, *_ = tensor.shape
-    batch_stride, head_stride, *_ = tensor.stride()
-    offset = 16 // tensor.element_size()
+    return _alignment(tensor.dtype, batch, heads, tensor.stride())
+
+
+def _alignment(dtype: torch.dtype, batch: int, heads: int, strides: tuple[int, ...]) -> int:
+    offset = 16 // dtype.itemsize
     if batch > 1:
-        offset |= batch_stride
+        offset |= strides[0]
     if heads > 1:
-        offset |= head_stride
+        offset |= strides[1]
     return offset & -offset  # the lowest bit set in any of them
 
 

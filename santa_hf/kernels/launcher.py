@@ -13,7 +13,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-__all__ = ["Launcher", "Part", "workspace"]
+__all__ = ["Launcher", "Layout", "Part"]
 
 ALIGNMENT = 128  # bytes
 
@@ -45,15 +45,22 @@ class Part:
         return self._memory[self._offset : self._offset + size].view(self.dtype).view(self.shape)
 
 
-def workspace(device: torch.device, *parts: tuple[tuple[int, ...], torch.dtype]) -> list[Part]:
-    """Memory that nobody wrote, for parts of these shapes and dtypes: one allocation for all."""
-    offsets, size = [], 0
-    for shape, dtype in parts:
-        offsets.append(size)
-        size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-    memory = torch.empty(size, dtype=torch.uint8, device=device)
-    start = memory.data_ptr()
-    return [Part(memory, start, o, *part) for o, part in zip(offsets, parts, strict=True)]
+class Layout:
+    """Where parts of these shapes and dtypes lie in a workspace: one allocation for all of them."""
+
+    def __init__(self, *parts: tuple[tuple[int, ...], torch.dtype]) -> None:
+        self.places: list[tuple[int, tuple[int, ...], torch.dtype]] = []
+        self.size = 0  # bytes
+        for shape, dtype in parts:
+            self.places.append((self.size, shape, dtype))
+            size = math.prod(shape) * dtype.itemsize
+            self.size += -(-size // ALIGNMENT) * ALIGNMENT
+
+    def allocate(self, device: torch.device) -> list[Part]:
+        """Memory that nobody wrote."""
+        memory = torch.empty(self.size, dtype=torch.uint8, device=device)
+        start = memory.data_ptr()
+        return [Part(memory, start, *place) for place in self.places]
 
 
 class Launcher:
@@ -92,14 +99,19 @@ class Launcher:
             with torch.cuda.device(self._index):
                 self(grid, *arguments)
             return
-        pointers = arguments[: self._pointers]
         # Addresses, since Triton asks the driver about every tensor whether the GPU can read it.
-        addresses = [None if p is None else p.data_ptr() for p in pointers]
+        addresses: list[int | None] = []
+        key: list[Any] = []
         bits = 0
-        for address in addresses:
-            if address is not None:
+        for pointer in arguments[: self._pointers]:
+            if pointer is None:
+                addresses.append(None)
+                key.append(None)
+            else:
+                address = pointer.data_ptr()
                 bits |= address
-        key: list[Any] = [None if p is None else p.dtype for p in pointers]
+                addresses.append(address)
+                key.append(pointer.dtype)
         if bits % 16:
             key += [address is not None and address % 16 == 0 for address in addresses]
         compiled = self.compiled.get(tuple(key))
@@ -110,14 +122,13 @@ class Launcher:
                 self.compiled[tuple(key)] = compiled
             return
         values = (*addresses, *arguments[self._pointers :], *self._unread)
-        if _has_calls(knobs.runtime.launch_enter_hook) or _has_calls(
-            knobs.runtime.launch_exit_hook
-        ):
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             compiled[(*grid, 1, 1)](*values)
             return
         # As Triton does it, but for what only hooks would see.
         stream = driver.active.get_current_stream(self._index)
-        x, y, z = (*grid, 1, 1)[:3]
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         compiled.run(
             x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values
         )
@@ -126,7 +137,3 @@ class Launcher:
         """Launch through Triton, which compiles what it has not compiled yet."""
         tensors = [x.tensor() if isinstance(x, Part) else x for x in arguments]
         return self.kernel[grid](*tensors, **self.constants)
-
-
-def _has_calls(hook: Any) -> bool:
-    return hook is not None and bool(getattr(hook, "calls", True))
