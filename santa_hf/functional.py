@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -126,10 +126,15 @@ def decode_valid(
         )  # fmt: skip
     scored = softcap is not None or sinks is not None
     decode = _implementation(query, key, value, rotary_key, rows, scored, estimator, kernel)
+    parts: dict[str, Any] = {}
+    if rotary_key is not None:
+        parts["rotary_key"] = rotary_key
+    elif rows is not None:
+        parts["rows"] = rows
     return decode(
         query, key, value, samples=samples, estimator=estimator, scaling=scaling, mask=mask, seed=seed,
         layer=layer, position=position, head_offset=head_offset, softcap=softcap, sinks=sinks,
-        exact=exact,
+        exact=exact, **parts,
     )  # fmt: skip
 
 
@@ -232,32 +237,35 @@ def _implementation(
     at batch 1 on an H100, eval/bench/results) the choice is `min_context`, not another kernel.
     """
     assert rows is None or rotary_key is None, "latents are not read through rows"
-    parts: dict[str, Any] = {"rows": rows} if rotary_key is None else {"rotary_key": rotary_key}
     if kernel == "reference" or (kernel == "auto" and query.device.type != "cuda"):
-        return partial(reference.decode, **parts)
-    if not _has_triton():
+        return reference.decode
+    kernels = _kernels()
+    if kernels is None:
         reason: str | None = "Triton is not installed"
     elif rotary_key is None:
-        from .kernels import launch
-
+        launch, _ = kernels
         reason = launch.why_not(query, key, value, rows)
         if reason is None:
             one_pass = kernel == "flash" or estimator == "dense"
-            return partial(launch.fused if one_pass else launch.prop, **parts)
+            return launch.fused if one_pass else launch.prop  # type: ignore[no-any-return]
     else:
-        from .kernels import latent
-
+        _, latent = kernels
         reason = latent.why_not(query, key, value, rotary_key, kernel, estimator, scored)
         if reason is None:
-            return partial(latent.decode, **parts)
+            return latent.decode  # type: ignore[no-any-return]
     if kernel != "auto":
         raise NotImplementedError(f"kernel={kernel!r} cannot run here: {reason}")
-    return partial(reference.decode, **parts)
+    return reference.decode
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _kernels() -> tuple[Any, Any] | None:
+    """The modules `launch` and `latent`, imported when they are needed; None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from .kernels import latent, launch
+
+    return launch, latent
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

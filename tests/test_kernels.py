@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -23,7 +24,7 @@ import torch
 from test_unbiased import Softmax, analytic_variance, directions, drawn, share
 from tolerance import assert_mean, average_budget, gamma, score_budget, unit_roundoff
 
-from santa_hf import reference, santa_decode
+from santa_hf import reference, santa_decode, shared
 from santa_hf.functional import are_valid, decode_valid
 from santa_hf.rng import Stream, uniform
 
@@ -1437,6 +1438,48 @@ def test_graph_replay_and_streams(kernel: str) -> None:
     assert torch.equal(third, expected)
     assert kernel == "dense" or not torch.equal(second, expected)
     assert all(torch.equal(out, expected) for out in outs)
+
+
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_layers_that_share_a_mask_find_its_span_once(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, value, keywords = case((2, 4, 2, 300, 32, 32, F32))
+    padding = torch.ones(2, 300, dtype=torch.bool, device=DEVICE)
+    padding[1, :77] = False
+    expected = run(kernel, query, key, value, **{**keywords, "mask": padding[:, None, None]})
+    found: list[Any] = []
+    find = launch._visible
+    monkeypatch.setattr(launch, "_visible", lambda *x: found.append(x[1:]) or find(*x))
+    mask = shared.share(padding[:, None, None].clone())  # no view: what it keeps must not hold it
+    for _ in range(3):
+        assert torch.equal(run(kernel, query, key, value, **keywords | {"mask": mask}), expected)
+    assert len(found) == 1
+    run(kernel, query[:1], key[:1], value[:1], **keywords | {"mask": shared.share(mask[:1])})
+    assert found[1][0] == 1
+    gone = weakref.ref(mask)
+    del mask
+    assert gone() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_a_graph_finds_the_span_of_its_mask_at_every_replay(kernel: str) -> None:
+    """Though a step before it found that of what the mask held then."""
+    query, key, value, keywords = case((2, 8, 2, 5000, 128, 128, BF16))
+    keywords["mask"] = shared.share(torch.ones(2, 1, 1, 5000, dtype=torch.bool, device=DEVICE))
+    whole = run(kernel, query, key, value, **keywords)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(kernel, query, key, value, **keywords)
+    graph.replay()
+    assert torch.equal(out, whole)
+    keywords["mask"][..., :1234] = False
+    graph.replay()
+    mask = keywords["mask"].clone()
+    assert torch.equal(out, run(kernel, query, key, value, **keywords | {"mask": mask}))
+    assert not torch.equal(out, whole)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,75 @@
+"""What is kept with a mask: once a step, never longer than it holds."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from santa_hf.integration import attention
+from santa_hf.shared import once, share
+
+
+def row(*visible: bool) -> torch.Tensor:
+    return torch.tensor(visible)[None, None, None].expand(2, 1, 1, -1)
+
+
+def test_what_a_mask_says_is_derived_once() -> None:
+    mask, calls = share(row(True, False, True)), []
+
+    def derive() -> int:
+        calls.append(0)
+        return int(mask.sum())
+
+    assert [once(mask, "sum", derive) for _ in range(3)] == [4, 4, 4]
+    assert len(calls) == 1
+    assert once(mask, ("sum", 2), derive) == 4  # something else
+    assert len(calls) == 2
+
+
+def test_a_mask_that_was_written_to_is_asked_again() -> None:
+    """Also through what it is a view of, as generate's attention mask."""
+    padding = torch.ones(1, 5, dtype=torch.bool)
+    mask = share(padding[:, None, None].expand(2, 1, 1, 5))
+    assert once(mask, "sum", lambda: int(mask.sum())) == 10
+    padding[0, :2] = False
+    assert once(mask, "sum", lambda: int(mask.sum())) == 6
+
+
+def test_a_mask_of_somebody_else_is_asked_every_time() -> None:
+    mask, calls = row(True, True), []
+    for _ in range(2):
+        once(mask, "sum", lambda: calls.append(0))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_layers_of_a_step_share_and_steps_do_not(mode: Any, monkeypatch: Any) -> None:
+    model = tiny.use(tiny.build("llama"), "santa", samples=4, min_context=3)
+    masks: list[Any] = []
+    derived: list[Any] = []
+    make, derive = attention.share, attention.once
+
+    def recorded(mask: torch.Tensor) -> torch.Tensor:
+        masks.append(weakref.ref(mask))
+        return make(mask)
+
+    def counted(mask: torch.Tensor, what: Any, how: Any) -> Any:
+        return derive(mask, what, lambda: derived.append(what) or how())
+
+    monkeypatch.setattr(attention, "share", recorded)
+    monkeypatch.setattr(attention, "once", counted)
+    tokens = torch.randint(5, 60, (2, 9))
+    padding = torch.ones_like(tokens)
+    padding[0, :4] = 0
+    with mode():
+        model.generate(
+            tokens, attention_mask=padding, max_new_tokens=6, min_new_tokens=6, do_sample=False
+        )
+    assert len(masks) == len(derived) == 5
+    gc.collect()
+    assert not any(mask() is not None for mask in masks)  # nothing keeps them
