@@ -30,8 +30,8 @@ def test_decode_benchmark(tmp_path: Path) -> None:
         "bench decode", [*arguments, "--cases", "150x2", "--arms", "sdpa*", "--rounds", "2"]
     )
     rows = decode._read_rows(tmp_path / "decode.csv")
-    seen = "sdpa, dynamic" + decode.SEEN
-    assert sorted(row.arm for row in rows) == sorted([*CPU_ARMS, seen, decode.LAUNCH_FLOOR])
+    second = "sdpa, dynamic" + decode.NO_CUDNN
+    assert sorted(row.arm for row in rows) == sorted([*CPU_ARMS, second, decode.LAUNCH_FLOOR])
     assert all(row.steps == (6 if row.arm.startswith("sdpa") else 3) for row in rows)
     assert all(row.ms_p20 <= row.ms_p50 <= row.ms_p80 for row in rows)  # type: ignore[operator]
     assert {row.context for row in rows} == {150, decode.FLOOR_CONTEXT}
@@ -60,12 +60,13 @@ def test_a_compiled_arm_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_rounds_never_meet_a_length_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """But where that is what is measured."""
+    """At which cuDNN has prepared for it."""
     filled: list[tuple[Any, ...]] = []
     make = decode._filled
 
     def recorded(model: Any, static: bool, batch: int, context: int) -> Any:
-        filled.append((model.config._attn_implementation, batch, context))
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        filled.append((model.config._attn_implementation, batch, context, cudnn))
         return make(model, static, batch, context)
 
     monkeypatch.setattr(decode, "_filled", recorded)
@@ -74,9 +75,9 @@ def test_rounds_never_meet_a_length_again(monkeypatch: pytest.MonkeyPatch, tmp_p
     each = decode.WARM_UP + 2 + 2 + decode.PROFILED
     contexts = [150, 150 + each, 150 + 2 * each]
     for batch in (1, 2):
-        assert [n for name, b, n in filled if (name, b) == ("santa", batch)] == contexts
-        twice = [n for n in contexts for _ in range(2)]
-        assert [n for name, b, n in filled if (name, b) == ("sdpa", batch)] == twice
+        for name, cudnn in (("santa", True), ("sdpa", True), ("sdpa", False)):
+            assert [n for *arm, n, on in filled if (*arm, on) == (name, batch, cudnn)] == contexts
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_kernels_are_told_apart() -> None:

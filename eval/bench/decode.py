@@ -5,9 +5,10 @@
 Caches are filled with random keys and values instead of a prefill, so that scores are nearly flat: the
 worst case for sampling. A step is timed as its user sees it, from one call of the stopping criteria to
 the next, at lengths that the process has not decoded at before: cuDNN's attention, which SDPA takes on
-Hopper, prepares anew for each. It is then taken apart by the GPU time of its kernels: products with
-weights, attention (with the copies that a kernel needs, such as repeated heads), writing and copying
-the cache, and the rest;
+Hopper where it has the choice, prepares anew for each. The default cache is therefore measured without
+it too. A step is then taken apart by the GPU time of its kernels: products with weights, attention
+(with the copies that a kernel needs, such as repeated heads), writing and copying the cache, and the
+rest;
 `idle` is what is left of the step. Floors are the bytes that a step cannot avoid over the bandwidth of
 one plain read, measured in the same run.
 """
@@ -22,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
@@ -112,7 +114,8 @@ ARMS = (
     Arm("flash_attention_2", None, False, False),
 )
 LAUNCH_FLOOR = "launch floor"
-SEEN = ", seen lengths"  # sdpa with the default cache once more, over the same lengths
+NO_CUDNN = ", no cuDNN"  # sdpa with the default cache and another of its kernels
+OTHER_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 DEFERRED = ", deferred stop"  # a compiled arm under `santa_hf.deferred_stopping`
 
 # Classes of kernels by their names; the first match counts.
@@ -323,7 +326,7 @@ def measure(
     model: Any, arm: Arm, batch: int, context: int, steps: int, turns: Turns | None = None
 ) -> list[Measured]:
     """Steps of one arm, and a second time: of a compiled one under a deferred stop, of sdpa with the
-    default cache over the same lengths.
+    default cache without cuDNN's attention.
 
     Args:
         model: as made by `build`; its attention is set here.
@@ -345,13 +348,16 @@ def measure(
     measured = []
     for second in (False, True) if _second_of(arm) else (False,):
         clock = _Clock(steps, cuda, turns)
-        deferred = second and arm.compiled
-        if not deferred:
-            cache = None  # given back before another is made
-            cache = _filled(model, arm.static, batch, context)
-            shape = batch, context + 1
-            tokens = torch.randint(model.config.vocab_size, shape, device=model.device)
-        with santa_hf.deferred_stopping() if deferred else nullcontext():
+        if not second:
+            way: AbstractContextManager[object] = nullcontext()
+        else:
+            way = santa_hf.deferred_stopping() if arm.compiled else sdpa_kernel(OTHER_SDPA)
+        with way:
+            if not (second and arm.compiled):
+                cache = None  # given back before another is made
+                cache = _filled(model, arm.static, batch, context)
+                shape = batch, context + 1
+                tokens = torch.randint(model.config.vocab_size, shape, device=model.device)
             tokens = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
@@ -370,7 +376,7 @@ def measure(
 
 def _second_of(arm: Arm) -> str:
     """What an arm's second measurement is called, if it has one."""
-    return DEFERRED if arm.compiled else SEEN if arm == ARMS[0] else ""
+    return DEFERRED if arm.compiled else NO_CUDNN if arm == ARMS[0] else ""
 
 
 def _bandwidth() -> float:
@@ -617,7 +623,7 @@ def main(prog: str, argv: Sequence[str]) -> None:
                 row.error = f"out of memory: {str(error).splitlines()[0][:80]}"
         suffixes = ["", _second_of(arm)]
         if name == LAUNCH_FLOOR:
-            found, suffixes = found[-1:], [""]  # of lengths that it has seen, which is the lower
+            found, suffixes = found[-1:], [""]  # without cuDNN's preparations
         for measured, suffix in zip(found, suffixes, strict=False):
             key = (context, batch, name + suffix)
             one = replace(row, arm=name + suffix)
