@@ -14,7 +14,7 @@ from . import ops, reference
 from .config import ESTIMATORS, KERNELS
 from .rng import MAX_LAYERS
 
-__all__ = ["are_valid", "decode_valid", "santa_decode"]
+__all__ = ["are_valid", "decode_valid", "plain_step", "santa_decode"]
 
 
 def santa_decode(
@@ -124,17 +124,34 @@ def decode_valid(
             samples=samples, estimator=estimator, scaling=scaling, softcap=softcap, layer=layer,
             head_offset=head_offset, implementation=kernel,
         )  # fmt: skip
+    return _run(
+        query, key, value, mask=mask, position=position, seed=seed, sinks=sinks, exact=exact,
+        rotary_key=rotary_key, rows=rows, samples=samples, estimator=estimator, scaling=scaling,
+        softcap=softcap, layer=layer, head_offset=head_offset, kernel=kernel,
+    )  # fmt: skip
+
+
+def _run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    sinks: torch.Tensor | None,
+    rotary_key: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    estimator: str,
+    softcap: float | None,
+    kernel: str,
+    **others: Any,
+) -> torch.Tensor:
     scored = softcap is not None or sinks is not None
     decode = _implementation(query, key, value, rotary_key, rows, scored, estimator, kernel)
-    parts: dict[str, Any] = {}
     if rotary_key is not None:
-        parts["rotary_key"] = rotary_key
+        others["rotary_key"] = rotary_key
     elif rows is not None:
-        parts["rows"] = rows
+        others["rows"] = rows
     return decode(
-        query, key, value, samples=samples, estimator=estimator, scaling=scaling, mask=mask, seed=seed,
-        layer=layer, position=position, head_offset=head_offset, softcap=softcap, sinks=sinks,
-        exact=exact, **parts,
+        query, key, value, sinks=sinks, estimator=estimator, softcap=softcap, **others
     )  # fmt: skip
 
 
@@ -179,6 +196,57 @@ def are_valid(
     )  # fmt: skip
 
 
+def plain_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    position: torch.Tensor | None,
+) -> Any:
+    """The short way through the kernels, a `launch.Plain`, which takes these tensors as they are; None
+    where there is none.
+
+    What makes tensors valid, and the kernels able to run on them, is found out once for each kind of
+    tensors; their length alone is looked at every time. Not for traced code.
+    """
+    if position is None or not query.ndim == key.ndim == value.ndim == 4:
+        return None
+    kv_batch, kv_heads, length, key_dim = key.shape
+    value_batch, value_heads, value_length, value_dim = value.shape
+    if length != value_length:
+        return None
+    of_mask = None
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[3] != length:
+            return None
+        of_mask = mask.shape[:3], mask.stride(3), mask.dtype, mask.device
+    kind = (
+        query.shape, query.stride(), query.dtype, query.device,
+        kv_batch, kv_heads, key_dim, key.stride(), key.dtype, key.device,
+        value_batch, value_heads, value_dim, value.stride(), value.dtype, value.device,
+        of_mask, position.shape, position.dtype, position.device,
+    )  # fmt: skip
+    known = _plain.get(kind)
+    if known is None:
+        plain, longest = None, 0
+        kernels = _kernels()
+        if kernels is not None and are_valid(query, key, value, mask, position, None, None):
+            launch, _ = kernels
+            longest = launch.MAX_LENGTH
+            with torch.no_grad():  # the caller's affair, which is no matter of kinds
+                if launch.why_not(query, key[:, :, :1], value[:, :, :1]) is None:
+                    plain = launch.Plain(query, key, value, mask)
+        if len(_plain) >= KINDS:
+            _plain.clear()
+        known = _plain[kind] = plain, longest
+    plain, longest = known
+    return plain if length <= longest else None
+
+
+KINDS = 1024  # of tensors, that `plain_step` remembers
+_plain: dict[tuple[Any, ...], tuple[Any, int]] = {}
+
+
 def _is_index(rows: torch.Tensor, batch: int, device: torch.device) -> bool:
     index = rows.ndim == 2 and rows.shape[0] == batch and rows.shape[1] > 0
     return index and rows.dtype in (torch.int32, torch.int64) and rows.device == device
@@ -210,10 +278,15 @@ def _operator(
     implementation: str,
     **choices: Any,
 ) -> torch.Tensor:
-    """The operator of a compiled graph, when that runs."""
-    return decode_valid(
-        query, key, value, mask=mask, position=position, seed=seed if row_seed is None else row_seed,
-        sinks=sinks, exact=exact, rotary_key=rotary_key, rows=rows, kernel=implementation, **choices,
+    """Implementation of `santa_hf::decode`, which a compiled graph calls.
+
+    The mask of the caller may arrive as the very object, with what layers keep on it (see `shared`):
+    that would outlive the call in memory that belongs to a CUDA graph.
+    """
+    return _run(
+        query, key, value, mask=None if mask is None else mask.detach(), position=position,
+        seed=seed if row_seed is None else row_seed, sinks=sinks, exact=exact, rotary_key=rotary_key,
+        rows=rows, kernel=implementation, **choices,
     )  # fmt: skip
 
 

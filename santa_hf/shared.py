@@ -19,15 +19,21 @@ def share(mask: torch.Tensor) -> torch.Tensor:
 
 
 def once(mask: torch.Tensor, what: Hashable, derive: Callable[[], T]) -> T:
-    """`derive()`, of the mask's contents and of `what` alone; kept with the mask if it was made by
-    `share` and has not been written to since.
+    """`derive()`, of the mask's contents and of `what` alone; kept with a mask that was made by `share`,
+    for this stream, until it is written to.
 
-    A CUDA graph that is being captured derives for itself: its mask may hold something else at a replay.
+    Derived each time where a write would go unnoticed: in inference mode, where tensors count none, and
+    in a CUDA graph that is being captured, whose mask may hold something else at a replay.
     """
     kept = getattr(mask, "_santa_derived", None)
-    if kept is None or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if kept is None or mask.is_inference():
         return derive()
-    key = what, None if mask.is_inference() else mask._version
+    stream = 0
+    if mask.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return derive()
+        stream = torch._C._cuda_getCurrentRawStream(mask.device.index)
+    key = what, mask._version, stream
     if key not in kept:
         kept[key] = derive()
     return kept[key]  # type: ignore[no-any-return]

@@ -37,6 +37,9 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         with torch.no_grad():
             if tensor.is_floating_point() or tensor.is_complex():
                 tensor.fill_(torch.nan)
+            elif tensor.dtype == torch.uint8 and tensor.ndim == 1 and tensor.numel() % 4 == 0:
+                # A workspace: out of range as integers, and NaN as floats.
+                tensor.view(torch.int32).fill_(2**31 - 1)
             elif tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
                 tensor.fill_(torch.iinfo(tensor.dtype).max)
         return tensor

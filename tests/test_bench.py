@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from eval.bench import decode
 from eval.cli import CommandError
@@ -30,8 +31,7 @@ def test_decode_benchmark(tmp_path: Path) -> None:
         "bench decode", [*arguments, "--cases", "150x2", "--arms", "sdpa*", "--rounds", "2"]
     )
     rows = decode._read_rows(tmp_path / "decode.csv")
-    second = "sdpa, dynamic" + decode.NO_CUDNN
-    assert sorted(row.arm for row in rows) == sorted([*CPU_ARMS, second, decode.LAUNCH_FLOOR])
+    assert sorted(row.arm for row in rows) == sorted([*CPU_ARMS, decode.LAUNCH_FLOOR])
     assert all(row.steps == (6 if row.arm.startswith("sdpa") else 3) for row in rows)
     assert all(row.ms_p20 <= row.ms_p50 <= row.ms_p80 for row in rows)  # type: ignore[operator]
     assert {row.context for row in rows} == {150, decode.FLOOR_CONTEXT}
@@ -61,23 +61,22 @@ def test_a_compiled_arm_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_rounds_never_meet_a_length_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """At which cuDNN has prepared for it."""
-    filled: list[tuple[Any, ...]] = []
-    make = decode._filled
+    measured: list[tuple[Any, ...]] = []
+    generate = LlamaForCausalLM.generate
 
-    def recorded(model: Any, static: bool, batch: int, context: int) -> Any:
+    def recorded(model: Any, tokens: torch.Tensor, **others: Any) -> Any:
         cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-        filled.append((model.config._attn_implementation, batch, context, cudnn))
-        return make(model, static, batch, context)
+        measured.append((model.config._attn_implementation, cudnn, *tokens.shape))
+        return generate(model, tokens, **others)
 
-    monkeypatch.setattr(decode, "_filled", recorded)
+    monkeypatch.setattr(LlamaForCausalLM, "generate", recorded)
     arguments = ["--tiny", "--steps", "2", "--rounds", "3", "--cases", "150x2", "150x1"]
-    decode.main("bench decode", [*arguments, "--arms", "santa dense, dynamic", "sdpa, dynamic"])
+    decode.main("bench decode", [*arguments, "--arms", "santa dense, dynamic", "sdpa, dynamic*"])
     each = decode.WARM_UP + 2 + 2 + decode.PROFILED
-    contexts = [150, 150 + each, 150 + 2 * each]
     for batch in (1, 2):
-        for name, cudnn in (("santa", True), ("sdpa", True), ("sdpa", False)):
-            assert [n for *arm, n, on in filled if (*arm, on) == (name, batch, cudnn)] == contexts
-    assert torch.backends.cuda.cudnn_sdp_enabled()
+        for arm in (("santa", True), ("sdpa", True), ("sdpa", False)):
+            tokens = [n for *one, b, n in measured if (tuple(one), b) == (arm, batch)]
+            assert tokens == [151, 151 + each, 151 + 2 * each]
 
 
 def test_kernels_are_told_apart() -> None:

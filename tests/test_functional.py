@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -363,3 +364,30 @@ def test_exact_rows_are_dense_and_the_others_draw_as_without_them(rows: list[boo
     for i, exact in enumerate(rows):
         assert torch.equal(out[i], (dense if exact else drawn)[i])
     assert not torch.equal(drawn, dense)
+
+
+def test_one_thread_decodes_while_another_compiles() -> None:
+    """From torch 2.13 on, all threads are told that something is compiled."""
+    given: dict[str, Any] = {**tensors(), "samples": 8}
+    expected = santa_decode(**given)
+    compiling, decoded = threading.Event(), threading.Event()
+    results: list[torch.Tensor] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiling.set()
+        decoded.wait(60)
+        return graph.forward
+
+    def decode() -> None:
+        compiling.wait(60)
+        try:
+            results.append(santa_decode(**given))
+        finally:
+            decoded.set()
+
+    thread = threading.Thread(target=decode)
+    thread.start()
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    thread.join()
+    (result,) = results
+    assert torch.equal(result, expected)

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from test_unbiased import Softmax, analytic_variance, directions, drawn, share
 from tolerance import assert_mean, average_budget, gamma, score_budget, unit_roundoff
 
-from santa_hf import reference, santa_decode, shared
-from santa_hf.functional import are_valid, decode_valid
+from santa_hf import functional, reference, santa_decode, shared
+from santa_hf.functional import are_valid, decode_valid, plain_step
 from santa_hf.rng import Stream, uniform
 
 CUDA = torch.cuda.is_available()
@@ -42,6 +43,7 @@ import triton.language as tl  # noqa: E402
 from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from santa_hf.integration import attention  # noqa: E402
 from santa_hf.kernels import common, flash, launch  # noqa: E402
 from santa_hf.kernels.launcher import ALIGNMENT, Launcher  # noqa: E402
 
@@ -1308,7 +1310,7 @@ def test_a_growing_context_compiles_once(
         return sum(len(k.device_caches[torch.cuda.current_device()][0]) for k in kernels)
 
     for name, cached in vars(launch).items():
-        if name.endswith("_launcher"):
+        if name.endswith(("_launcher", "_plan")):
             cached.cache_clear()
     dispatched = dispatches(monkeypatch)
     counts, dispatches_by = [], []
@@ -1438,6 +1440,122 @@ def test_graph_replay_and_streams(kernel: str) -> None:
     assert torch.equal(third, expected)
     assert kernel == "dense" or not torch.equal(second, expected)
     assert all(torch.equal(out, expected) for out in outs)
+
+
+@some(
+    "mask, samples",
+    here=[(None, 17), ("rows", 17)],
+    everywhere=[(m, n) for m in (None, "one row", "rows") for n in (1, 17, 130, 600)],
+)
+def test_the_short_way_draws_the_same_bits(mask: str | None, samples: int) -> None:
+    """At every length, by what the first of them worked out; also as a view of a longer cache."""
+    query, key, value, keywords = case((2, 4, 2, 600 if CUDA else 300, 32, 24, F16))
+    keywords.update(samples=samples, position=torch.tensor([700, 7], device=DEVICE))
+    visible = torch.rand(2, 1, 1, key.shape[2], device=DEVICE) < 0.7
+    plain = None
+    for length in (150, key.shape[2] - 10):
+        tensors = query, key[:, :, :length], value[:, :, :length]
+        seen = None if mask is None else visible[: 1 if mask == "one row" else 2, ..., :length]
+        keywords.update(mask=seen, layer=length, seed=length + 1, head_offset=5)
+        plain = plain or launch.Plain(*tensors, seen)
+        for estimator in ESTIMATORS if CUDA else ("systematic",):
+            out = plain.prop(
+                *tensors, seen, keywords["position"], samples, estimator, keywords["scaling"],
+                length + 1, length, 5,
+            )  # fmt: skip
+            assert torch.equal(out, launch.prop(*tensors, **{**keywords, "estimator": estimator}))
+        out = plain.dense(*tensors, seen, keywords["scaling"])
+        assert torch.equal(out, run("dense", *tensors, **keywords))
+
+
+def kind_of_step(**changes: Any) -> tuple[Any, ...]:
+    """query, key, value, mask and position of a step, but for `changes`."""
+    given = {
+        "dtype": F16, "batch": 2, "heads": 4, "kv_heads": 2, "length": 40, "values": 40, "dim": 32,
+        "room": 64, "mask": (2, 1, 1, 40), "mask_dtype": torch.bool, "position": (2,),
+        "position_dtype": torch.int64, "key_dtype": F16, "kv_batch": 2,
+    } | changes  # fmt: skip
+    query = torch.randn(given["batch"], given["heads"], 1, given["dim"]).to(DEVICE, given["dtype"])
+    shape = given["kv_batch"], given["kv_heads"], given["room"], given["dim"]
+    key, value = (torch.randn(shape).to(DEVICE, given["key_dtype"]) for _ in "kv")
+    mask = given["mask"] and torch.ones(given["mask"], device=DEVICE).to(given["mask_dtype"])
+    position = given["position"] and torch.zeros(
+        given["position"], dtype=given["position_dtype"], device=DEVICE
+    )
+    return query, key[:, :, : given["length"]], value[:, :, : given["values"]], mask, position
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": 3, "kv_batch": 3, "mask": (3, 1, 1, 40), "position": (3,)},
+        {"heads": 8}, {"kv_heads": 4}, {"dim": 16}, {"room": 41},
+        {"mask": None}, {"mask": (1, 1, 1, 40)}, {"dtype": F32, "key_dtype": F32},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_kind_of_step_has_another_short_way(changes: dict[str, Any]) -> None:
+    first, other = plain_step(*kind_of_step()), plain_step(*kind_of_step(**changes))
+    assert isinstance(first, launch.Plain)
+    assert isinstance(other, launch.Plain)
+    assert first is not other
+    # The same for other contents and another length.
+    longer = {"length": 47, "values": 47}
+    mask = changes.get("mask", (2, 1, 1, 40))
+    again = kind_of_step(**changes | longer | {"mask": mask and (*mask[:3], 47)})
+    assert plain_step(*again) is other or changes.get("room") == 41  # whose stride grew
+    assert plain_step(*kind_of_step()) is first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"values": 39}, {"key_dtype": F32}, {"kv_batch": 1}, {"heads": 5}, {"mask": (2, 1, 1, 39)},
+        {"mask": (2, 1, 40)}, {"mask": (2, 4, 1, 40)}, {"mask_dtype": torch.float16},
+        {"position": (1,)}, {"position_dtype": torch.int32}, {"position": None},
+        {"dtype": torch.float64, "key_dtype": torch.float64},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_steps_without_a_short_way(changes: dict[str, Any]) -> None:
+    for _ in range(2):
+        assert plain_step(*kind_of_step(**changes)) is None
+
+
+def test_the_short_way_ends_where_the_kernels_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_plain", {})
+    monkeypatch.setattr(launch, "MAX_LENGTH", 47)
+    for length, within in ((40, True), (48, False), (47, True)):
+        step = kind_of_step(length=length, values=length, mask=(2, 1, 1, length))
+        assert (plain_step(*step) is not None) == within
+    # What is remembered is bounded.
+    monkeypatch.setattr(functional, "KINDS", 3)
+    for room in range(41, 50):
+        assert plain_step(*kind_of_step(room=room)) is not None
+        assert len(functional._plain) <= 3
+
+
+def test_a_model_takes_the_short_way_and_generates_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+    for name in ("prop", "dense"):
+        short = getattr(launch.Plain, name)
+        monkeypatch.setattr(
+            launch.Plain, name, lambda *x, s=short, n=name: taken.append(n) or s(*x)
+        )
+    model = tiny.build("llama").to(DEVICE)
+    inputs = {k: x.to(DEVICE) for k, x in tiny.left_padded(tiny.prompts(30, 41)).items()}
+    way = attention.plain_step
+    for estimator, name in (("systematic", "prop"), ("dense", "dense")):
+        tiny.use(model, "santa", samples=9, estimator=estimator, kernel="prop")
+        results = []
+        for found in (way, lambda *_: None):
+            taken.clear()
+            monkeypatch.setattr(attention, "plain_step", found)
+            results.append(model.generate(**inputs, max_new_tokens=4, do_sample=False))
+            assert taken == ([name] * 3 * tiny.LAYERS if found is way else [])
+        assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("kernel", list(KERNELS))

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from santa_hf import functional
 from santa_hf.integration import attention
 from santa_hf.shared import once, share
 
@@ -40,6 +41,14 @@ def test_a_mask_that_was_written_to_is_asked_again() -> None:
     assert once(mask, "sum", lambda: int(mask.sum())) == 6
 
 
+def test_a_write_in_inference_mode_does_not_go_unnoticed() -> None:
+    with torch.inference_mode():
+        mask = share(torch.ones(2, 1, 1, 5, dtype=torch.bool))
+        assert once(mask, "sum", lambda: int(mask.sum())) == 10
+        mask[..., :2] = False
+        assert once(mask, "sum", lambda: int(mask.sum())) == 6
+
+
 def test_a_mask_of_somebody_else_is_asked_every_time() -> None:
     mask, calls = row(True, True), []
     for _ in range(2):
@@ -47,8 +56,9 @@ def test_a_mask_of_somebody_else_is_asked_every_time() -> None:
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_layers_of_a_step_share_and_steps_do_not(mode: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("mode", "each"), [(torch.no_grad, 1), (torch.inference_mode, 3)])
+def test_layers_of_a_step_share_and_steps_do_not(mode: Any, each: int, monkeypatch: Any) -> None:
+    """But in inference mode, where nobody could tell whether the mask was written to."""
     model = tiny.use(tiny.build("llama"), "santa", samples=4, min_context=3)
     masks: list[Any] = []
     derived: list[Any] = []
@@ -70,6 +80,39 @@ def test_layers_of_a_step_share_and_steps_do_not(mode: Any, monkeypatch: Any) ->
         model.generate(
             tokens, attention_mask=padding, max_new_tokens=6, min_new_tokens=6, do_sample=False
         )
-    assert len(masks) == len(derived) == 5
+    assert len(masks) == 5
+    assert len(derived) == 5 * each
     gc.collect()
     assert not any(mask() is not None for mask in masks)  # nothing keeps them
+
+
+def test_a_compiled_step_leaves_nothing_with_its_mask(monkeypatch: Any) -> None:
+    """It would lie in the memory of a CUDA graph. Here layers derive in the operator, from a tensor."""
+    seen: list[torch.Tensor] = []
+    run = functional._run
+
+    def recorded(*tensors: Any, mask: torch.Tensor, **others: Any) -> torch.Tensor:
+        once(mask, "sum", lambda: mask.sum())
+        seen.append(mask)
+        return run(*tensors, mask=mask, **others)
+
+    monkeypatch.setattr(functional, "_run", recorded)
+    query, key = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 5, 16)
+    mask = share(torch.ones(2, 1, 1, 5, dtype=torch.bool))
+    position = torch.full((2,), 4)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(mask: torch.Tensor) -> torch.Tensor:
+        return functional.decode_valid(
+            query, key, key, samples=3, mask=mask, position=position, scaling=0.25
+        )
+
+    with torch.no_grad():
+        expected = functional.decode_valid(
+            query, key, key, samples=3, mask=mask, position=position, scaling=0.25
+        )
+        assert vars(mask)["_santa_derived"]
+        vars(mask)["_santa_derived"].clear()
+        assert torch.equal(step(mask), expected)
+    assert len(seen) == 2
+    assert not vars(mask)["_santa_derived"]

@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -88,23 +88,26 @@ HEAD_ROOM = 256  # slots of a static cache that stay empty
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to decode: the attention, what santa does, and the cache."""
+    """A way to decode: the attention, what santa does, the cache, and whether SDPA may take cuDNN's."""
 
     attention: str
     estimator: str | None
     static: bool
     compiled: bool
+    cudnn: bool = True
 
     @property
     def name(self) -> str:
         """For example "santa S=128, static compiled"."""
         method = {None: "", "dense": " dense"}.get(self.estimator, f" S={SAMPLES}")
         cache = "dynamic" if not self.static else "static compiled" if self.compiled else "static"
-        return f"{self.attention}{method}, {cache}"
+        return f"{self.attention}{method}, {cache}{'' if self.cudnn else ', no cuDNN'}"
 
 
+PLAIN = Arm("sdpa", None, False, False, cudnn=False)
 ARMS = (
     Arm("sdpa", None, False, False),
+    PLAIN,
     Arm("santa", "dense", False, False),
     Arm("santa", "systematic", False, False),
     Arm("santa", "systematic", True, True),
@@ -114,7 +117,6 @@ ARMS = (
     Arm("flash_attention_2", None, False, False),
 )
 LAUNCH_FLOOR = "launch floor"
-NO_CUDNN = ", no cuDNN"  # sdpa with the default cache and another of its kernels
 OTHER_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 DEFERRED = ", deferred stop"  # a compiled arm under `santa_hf.deferred_stopping`
 
@@ -306,9 +308,7 @@ def _settle(model: PreTrainedModel, turns: Turns) -> None:
     """Decode until steps no longer get faster: the first seconds of a process load libraries."""
     times = [float("inf")]
     for _ in range(6):
-        times.append(
-            statistics.median(measure(model, ARMS[0], 1, FLOOR_CONTEXT, 8, turns)[1].times)
-        )
+        times.append(statistics.median(measure(model, PLAIN, 1, FLOOR_CONTEXT, 8, turns)[0].times))
         if times[-1] > 0.97 * min(times[:-1]):
             break
 
@@ -325,8 +325,7 @@ def _free(model: PreTrainedModel) -> None:
 def measure(
     model: Any, arm: Arm, batch: int, context: int, steps: int, turns: Turns | None = None
 ) -> list[Measured]:
-    """Steps of one arm, and a second time: of a compiled one under a deferred stop, of sdpa with the
-    default cache without cuDNN's attention.
+    """Steps of one arm; of a compiled one a second time, under a deferred stop.
 
     Args:
         model: as made by `build`; its attention is set here.
@@ -343,21 +342,15 @@ def measure(
     if arm.estimator is not None:
         santa_hf.configure(model, {"estimator": arm.estimator, "samples": SAMPLES})
     cuda = model.device.type == "cuda"
-    cache: Any = None
-    tokens: Any = None
+    cache = _filled(model, arm.static, batch, context)
+    tokens = torch.randint(model.config.vocab_size, (batch, context + 1), device=model.device)
     measured = []
-    for second in (False, True) if _second_of(arm) else (False,):
+    for deferred in (False, True) if arm.compiled else (False,):
         clock = _Clock(steps, cuda, turns)
-        if not second:
-            way: AbstractContextManager[object] = nullcontext()
-        else:
-            way = santa_hf.deferred_stopping() if arm.compiled else sdpa_kernel(OTHER_SDPA)
-        with way:
-            if not (second and arm.compiled):
-                cache = None  # given back before another is made
-                cache = _filled(model, arm.static, batch, context)
-                shape = batch, context + 1
-                tokens = torch.randint(model.config.vocab_size, shape, device=model.device)
+        with (
+            nullcontext() if arm.cudnn else sdpa_kernel(OTHER_SDPA),
+            santa_hf.deferred_stopping() if deferred else nullcontext(),
+        ):
             tokens = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
@@ -372,11 +365,6 @@ def measure(
         measured.append(Measured(clock.milliseconds(), parts, peak))
     turns.take(fcntl.LOCK_UN)
     return measured
-
-
-def _second_of(arm: Arm) -> str:
-    """What an arm's second measurement is called, if it has one."""
-    return DEFERRED if arm.compiled else NO_CUDNN if arm == ARMS[0] else ""
 
 
 def _bandwidth() -> float:
@@ -424,7 +412,7 @@ def _arms(
             if wanted(arm.name) and not arm.compiled:
                 yield context, batch, arm.name, arm
         if wanted(LAUNCH_FLOOR):
-            yield FLOOR_CONTEXT, batch, LAUNCH_FLOOR, ARMS[0]
+            yield FLOOR_CONTEXT, batch, LAUNCH_FLOOR, PLAIN
     for arm in ARMS:
         if wanted(arm.name) and arm.compiled:
             for context, batch in cases:
@@ -453,7 +441,7 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
     names = [
         name
         for arm in ARMS
-        for name in (arm.name, arm.name + (_second_of(arm) or DEFERRED))
+        for name in (arm.name, arm.name + DEFERRED)
         if any(row.arm == name for row in done)
     ]
     width = 0.85 / len(names)
@@ -621,10 +609,7 @@ def main(prog: str, argv: Sequence[str]) -> None:
                 found = [*measure(model, arm, batch, context + later, arguments.steps, turns)]
             except torch.OutOfMemoryError as error:
                 row.error = f"out of memory: {str(error).splitlines()[0][:80]}"
-        suffixes = ["", _second_of(arm)]
-        if name == LAUNCH_FLOOR:
-            found, suffixes = found[-1:], [""]  # without cuDNN's preparations
-        for measured, suffix in zip(found, suffixes, strict=False):
+        for measured, suffix in zip(found, ("", DEFERRED), strict=False):
             key = (context, batch, name + suffix)
             one = replace(row, arm=name + suffix)
             if measured is not None:

@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 
 from .. import reference
 from ..config import LayerConfig, SantaConfig
-from ..functional import are_valid, decode_valid, santa_decode
+from ..functional import are_valid, decode_valid, plain_step, santa_decode
 from ..reference import in_order, length_of
 from ..shared import once, share
 from ..stats import count_as_dense, counting_value_rows, layer_stats, warn_once
@@ -214,9 +214,13 @@ def santa_attention(
 
     latent = mla.are_latents(module, key, value)
     position = _position(query.shape[0], kwargs)
-    valid = not latent and are_valid(
-        query, key, value, attention_mask, position, kwargs.get("softcap"), kwargs.get("s_aux"), rows
-    )  # fmt: skip
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    plain = None
+    if not (latent or torch.compiler.is_compiling()) and rows is softcap is sinks is None:
+        plain = plain_step(query, key, value, attention_mask, position)
+    valid = plain is not None or (
+        not latent and are_valid(query, key, value, attention_mask, position, softcap, sinks, rows)
+    )
     if not valid:
         if rows is not None:
             key, value, rows = in_order(key, rows), in_order(value, rows), None
@@ -247,7 +251,7 @@ def santa_attention(
         rotary_key = None
     out = _decode(
         module, query, key, value, attention_mask, scaling, config, seed, position, head_offset, kwargs,
-        rotary_key, rows, valid,
+        rotary_key, rows, valid, plain,
     )  # fmt: skip
     if latent:
         out = mla.project(module, out)
@@ -325,46 +329,58 @@ def _decode(
     rotary_key: torch.Tensor | None,
     rows: torch.Tensor | None,
     valid: bool,
+    plain: Any,
 ) -> torch.Tensor:
     """One decode step as configured, but for a `seed`, int64 (1,), of a traced graph: (B, H, 1, Dv).
 
     Args:
         valid: whether the tensors are known to be valid, and need no check that names what is wrong.
+        plain: what `plain_step` says of them; kernels that were asked for by name go another way.
     """
-    decode = decode_valid if valid else santa_decode
-    given: dict[str, Any] = {
-        "mask": mask,
-        "scaling": scaling,
-        "softcap": kwargs.get("softcap"),
-        "sinks": kwargs.get("s_aux"),
-        "rotary_key": rotary_key,
-        "kernel": config.kernel,
-    }
-    if valid:
-        given["rows"] = rows
-    if config.estimator == "dense":
-        return decode(query, key, value, estimator="dense", **given)
     batch, heads = query.shape[:2]
+    if config.kernel != "prop" and not (config.kernel == "auto" and query.is_cuda):
+        plain = None
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+
+    def decode(**choices: Any) -> torch.Tensor:
+        if valid:
+            choices["rows"] = rows
+        return (decode_valid if valid else santa_decode)(
+            query, key, value, mask=mask, scaling=scaling, softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"), rotary_key=rotary_key, kernel=config.kernel, **choices,
+        )  # fmt: skip
+
+    def decode_densely() -> torch.Tensor:
+        if plain is not None:
+            return cast(torch.Tensor, plain.dense(query, key, value, mask, scaling))
+        return decode(estimator="dense")
+
+    if config.estimator == "dense":
+        return decode_densely()
     over_latents = rotary_key is not None and config.kernel == "auto"
     unprofitable = over_latents and not mla.sampling_pays(query.device)
     if length_of(key, rows) < config.min_context or unprofitable:
         _count(module, "dense")
-        return decode(query, key, value, estimator="dense", **given)
+        return decode_densely()
     exact = _short_rows(mask, batch, config.min_context)
     assert head_offset is not None  # such a layer went dense
-    out = decode(
-        query,
-        key,
-        value,
-        exact=exact,
-        head_offset=head_offset,
-        samples=config.samples,
-        estimator=config.estimator,
-        seed=config.seed if seed is None else seed.expand(batch).contiguous(),
-        layer=cast(int, module.layer_idx),
-        position=position,
-        **given,
-    )
+    layer = cast(int, module.layer_idx)
+    if plain is not None and exact is None:
+        out = plain.prop(
+            query, key, value, mask, position, config.samples, config.estimator, scaling, config.seed,
+            layer, head_offset,
+        )  # fmt: skip
+    else:
+        out = decode(
+            exact=exact,
+            head_offset=head_offset,
+            samples=config.samples,
+            estimator=config.estimator,
+            seed=config.seed if seed is None else seed.expand(batch).contiguous(),
+            layer=layer,
+            position=position,
+        )
     if not torch.compiler.is_compiling():
         _count(module, "sampled", config.samples * heads * batch)
         if exact is not None and not (exact.is_cuda and torch.cuda.is_current_stream_capturing()):

@@ -28,7 +28,7 @@ from .launcher import Launcher, Layout, Part
 from .sample import sample_kernel
 from .scores import scores_kernel
 
-__all__ = ["fused", "prop", "sample", "scores", "why_not"]
+__all__ = ["Plain", "fused", "prop", "sample", "scores", "why_not"]
 
 # The integer prefix of pass 2 holds (N + 1) * 2**40, a sink included, in an int64.
 MAX_LENGTH = 2**23 - 2
@@ -55,9 +55,9 @@ DENSE_WARPS = 8
 COMBINE_SPLITS, COMBINE_COLUMNS = 128, 32  # splits at a time at most, columns of V at least
 COMBINE_SIZE, COMBINE_WARPS = 512, 1  # sums of a program
 
-# What follows from shapes and strides is kept for so many of them: all layers of a model and a long run,
-# but not each length of a cache that is copied at every step, and whose strides grow.
-LAYOUTS = 1024
+# Entries of each cache of what follows from shapes and strides. A model needs a few; a cache that is
+# copied at every step, whose strides grow with it, adds one or two a step.
+KEPT = 1024
 
 
 class Weights(NamedTuple):
@@ -80,6 +80,7 @@ class Weights(NamedTuple):
     parts: Part | None = None
 
     def tensors(self) -> list[torch.Tensor | None]:
+        """Views of the parts, to look at."""
         return [None if part is None else part.tensor() for part in self]
 
 
@@ -119,23 +120,15 @@ def scores(
     parts: bool = False,
 ) -> Weights:
     """Pass 1, see `scores_kernel`; `span` is that of the mask, rows that are `exact` are skipped."""
-    batch, kv_heads = key.shape[:2]
-    length, device = length_of(key, rows), query.device
-    launcher, group, scale, strides = _scores_facts(
-        device, query.dtype, query.shape, query.stride(), kv_heads, key.stride(), scaling, softcap,
-        None if mask is None else mask.stride(), rows is not None, exact is not None, parts,
+    plan = _scores_plan(
+        query.device, query.dtype, query.shape, query.stride(), key.shape[1], key.stride(), scaling,
+        softcap, None if mask is None else mask.stride(1), rows is not None, exact is not None, parts,
     )  # fmt: skip
-    n_tiles = ceil_div(length, TILE)
-    weights = Weights(*weights_layout(batch, kv_heads, n_tiles, group, parts).allocate(device))
-    launcher(
-        (n_tiles, kv_heads, batch),
-        query, key, mask, span, _contiguous(rows), as_bytes(exact), weights.stash, weights.parts,
-        weights.top, weights.total, weights.done, *scale, length, *strides,
-    )  # fmt: skip
-    return weights
+    length = length_of(key, rows)
+    return plan(query, key, mask, span, _contiguous(rows), as_bytes(exact), length)
 
 
-@lru_cache(LAYOUTS)
+@lru_cache(KEPT)
 def weights_layout(batch: int, kv_heads: int, n_tiles: int, group: int, parts: bool) -> Layout:
     """Room for `Weights`."""
     tiles, heads = (batch, kv_heads, n_tiles, group), (batch, kv_heads * group)
@@ -150,8 +143,41 @@ def weights_layout(batch: int, kv_heads: int, n_tiles: int, group: int, parts: b
     return Layout(*room)
 
 
-@lru_cache(LAYOUTS)
-def _scores_facts(
+class _Scores(NamedTuple):
+    """Pass 1 of steps that differ in addresses and length alone."""
+
+    launcher: Launcher
+    device: torch.device
+    batch: int
+    kv_heads: int
+    group: int
+    parts: bool
+    scale: tuple[float, float]
+    strides: tuple[int, ...]
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        span: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        exact: torch.Tensor | None,
+        length: int,
+    ) -> Weights:
+        launcher, device, batch, kv_heads, group, parts, scale, strides = self
+        n_tiles = ceil_div(length, TILE)
+        weights = Weights(*weights_layout(batch, kv_heads, n_tiles, group, parts).allocate(device))
+        launcher(
+            (n_tiles, kv_heads, batch),
+            query, key, mask, span, rows, exact, weights.stash, weights.parts, weights.top,
+            weights.total, weights.done, *scale, length, *strides, mask_stride(mask, 0),
+        )  # fmt: skip
+        return weights
+
+
+@lru_cache(KEPT)
+def _scores_plan(
     device: torch.device,
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -160,21 +186,21 @@ def _scores_facts(
     key_strides: tuple[int, ...],
     scaling: float,
     softcap: float | None,
-    mask_strides: tuple[int, int] | None,
+    stride_mn: int | None,
     has_rows: bool,
     has_exact: bool,
     parts: bool,
-) -> tuple[Launcher, int, tuple[float, float], tuple[int, ...]]:
-    """Launcher of pass 1, query heads of a KV head, scale and cap, and the strides that are scalars."""
+) -> _Scores:
     batch, heads, _, dim = shape
-    stride_mb, stride_mn = mask_strides or (0, 0)
+    group = heads // kv_heads
     launcher = _scores_launcher(
-        device, heads // kv_heads, dim, key_strides[2], stride_mn, mask_strides is not None, has_rows,
-        has_exact, softcap is not None, parts, _alignment(dtype, batch, heads, strides),
+        device, group, dim, key_strides[2], stride_mn or 0, stride_mn is not None, has_rows, has_exact,
+        softcap is not None, parts, _alignment(dtype, batch, heads, strides),
         _alignment(dtype, batch, kv_heads, key_strides),
     )  # fmt: skip
-    scalars = (*strides[:2], *key_strides[:2], stride_mb)
-    return launcher, heads // kv_heads, _exponent_scale(scaling, softcap), scalars
+    scalars = (*strides[:2], *key_strides[:2])
+    scale = _exponent_scale(scaling, softcap)
+    return _Scores(launcher, device, batch, kv_heads, group, parts, scale, scalars)
 
 
 @cache
@@ -275,26 +301,60 @@ def sample(
     index: torch.Tensor | None = None,
 ) -> None:
     """Pass 2, see `sample_kernel`: draws from the `weights` that `scores` left, into `out`."""
-    stash, top, total, done, parts = weights
     batch, heads, _, value_dim = out.shape
-    length, device = length_of(value, rows), out.device
     row_seed, seed = (_per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
-    launcher, chunks, layout, strides = _sample_facts(
-        device, value.dtype, batch, heads, value.shape[1], value_dim, value.stride(), samples,
+    plan = _sample_plan(
+        out.device, value.dtype, batch, heads, value.shape[1], value_dim, value.stride(), samples,
         estimator, span is not None, rows is not None, exact is not None, sinks is not None,
-        row_seed is not None, position is not None, index is not None, parts is not None,
+        row_seed is not None, position is not None, index is not None, weights.parts is not None,
     )  # fmt: skip
-    partial = out if layout is None else layout.allocate(device)[0]
-    launcher(
-        (chunks, heads, batch),
+    plan(
         value, span, _contiguous(rows), as_bytes(exact), _contiguous(sinks), row_seed,
-        _per_row(position, batch), stash, parts, top, total, done, partial, index, out,
-        seed, length - 1, layer, head_offset, samples, length, top.shape[2], *strides,
+        _per_row(position, batch), weights, index, out, seed, layer, head_offset,
+        length_of(value, rows),
     )  # fmt: skip
 
 
-@lru_cache(LAYOUTS)
-def _sample_facts(
+class _Sample(NamedTuple):
+    """Pass 2 of steps that differ in addresses and length, in layer and seed alone."""
+
+    launcher: Launcher
+    device: torch.device
+    grid: tuple[int, int, int]
+    partial: Layout | None  # room for the sums of several chunks of draws
+    samples: int
+    strides: tuple[int, ...]
+
+    def __call__(
+        self,
+        value: torch.Tensor,
+        span: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        exact: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        row_seed: torch.Tensor | None,
+        position: torch.Tensor | None,
+        weights: Weights,
+        index: torch.Tensor | None,
+        out: torch.Tensor,
+        seed: int,
+        layer: int,
+        head_offset: int,
+        length: int,
+    ) -> None:
+        launcher, device, grid, layout, samples, strides = self
+        stash, top, total, done, parts = weights
+        partial = out if layout is None else layout.allocate(device)[0]
+        launcher(
+            grid,
+            value, span, rows, exact, sinks, row_seed, position, stash, parts, top, total, done,
+            partial, index, out, seed, length - 1, layer, head_offset, samples, length, top.shape[2],
+            *strides,
+        )  # fmt: skip
+
+
+@lru_cache(KEPT)
+def _sample_plan(
     device: torch.device,
     dtype: torch.dtype,
     batch: int,
@@ -305,16 +365,14 @@ def _sample_facts(
     samples: int,
     estimator: str,
     *has: bool,
-) -> tuple[Launcher, int, Layout | None, tuple[int, ...]]:
-    """Launcher of pass 2, chunks of draws, room for their sums if there are several, and the strides
-    that are scalars."""
+) -> _Sample:
     launcher = _sample_launcher(
         device, samples <= FEW_DRAWS, estimator, heads // kv_heads, value_dim, strides[2],
         *has, _alignment(dtype, batch, kv_heads, strides),
     )  # fmt: skip
     chunks = ceil_div(samples, launcher.constants["BLOCK_S"])
     partial = Layout(((batch, heads, chunks, value_dim), torch.float32)) if chunks > 1 else None
-    return launcher, chunks, partial, strides[:2]
+    return _Sample(launcher, device, (chunks, heads, batch), partial, samples, strides[:2])
 
 
 @cache
@@ -420,25 +478,60 @@ def _dense(
     rows: torch.Tensor | None,
 ) -> None:
     """Exact attention for the rows of `out` that `only`, bool (B,), names; None for all."""
-    batch, heads, _, value_dim = out.shape
-    kv_heads, length, device = key.shape[1], length_of(key, rows), query.device
-    launcher, value_blocks, most, scale, strides = _dense_facts(
-        device, query.dtype, query.shape, query.stride(), kv_heads, key.stride(), value_dim,
-        value.stride(), scaling, softcap, None if mask is None else mask.stride(), rows is not None,
-        only is not None,
+    plan = _dense_plan(
+        query.device, query.dtype, query.shape, query.stride(), key.shape[1], key.stride(),
+        value.shape[3], value.stride(), scaling, softcap, None if mask is None else mask.stride(1),
+        rows is not None, only is not None, sinks is not None,
     )  # fmt: skip
-    split_tiles, splits = _splits(length, DENSE_TILE, most)
-    partial, top, mass = partials(batch, heads, splits, value_dim).allocate(device)
-    launcher(
-        (splits * value_blocks, kv_heads, batch),
-        query, key, value, mask, span, _contiguous(rows), as_bytes(only), partial, top, mass,
-        *scale, length, split_tiles, *strides,
+    plan(
+        query, key, value, mask, span, _contiguous(rows), as_bytes(only), _contiguous(sinks), out,
+        length_of(key, rows),
     )  # fmt: skip
-    combine(partial, top, mass, out, splits, most, sinks, only)
 
 
-@lru_cache(LAYOUTS)
-def _dense_facts(
+class _Dense(NamedTuple):
+    """Exact attention of steps that differ in addresses and length alone."""
+
+    launcher: Launcher
+    merge: Launcher
+    device: torch.device
+    shape: tuple[int, int, int, int]  # B, H, KVH, Dv
+    value_blocks: int
+    most: int  # splits of a long row
+    scale: tuple[float, float]
+    strides: tuple[int, ...]
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        span: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        only: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+        length: int,
+    ) -> None:
+        launcher, merge, device, shape, value_blocks, most, scale, strides = self
+        batch, heads, kv_heads, value_dim = shape
+        split_tiles, splits = _splits(length, DENSE_TILE, most)
+        partial, top, mass = partials(batch, heads, splits, value_dim).allocate(device)
+        launcher(
+            (splits * value_blocks, kv_heads, batch),
+            query, key, value, mask, span, rows, only, partial, top, mass, *scale, length,
+            split_tiles, *strides, mask_stride(mask, 0),
+        )  # fmt: skip
+        columns = merge.constants["BLOCK_DV"]
+        merge(
+            (ceil_div(value_dim, columns), heads, batch),
+            partial, top, mass, only, sinks, out, splits,
+        )  # fmt: skip
+
+
+@lru_cache(KEPT)
+def _dense_plan(
     device: torch.device,
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -449,28 +542,29 @@ def _dense_facts(
     value_strides: tuple[int, ...],
     scaling: float,
     softcap: float | None,
-    mask_strides: tuple[int, int] | None,
+    stride_mn: int | None,
     has_rows: bool,
     has_only: bool,
-) -> tuple[Launcher, int, int, tuple[float, float], tuple[int, ...]]:
-    """Launcher, blocks of columns of V, splits of a long row, scale and cap, and the strides that are
-    scalars."""
+    has_sinks: bool,
+) -> _Dense:
     batch, heads, _, dim = shape
-    stride_mb, stride_mn = mask_strides or (0, 0)
     block_g = _block_of_group(heads // kv_heads)
     block_d, block_dv = _one_pass_blocks(dtype, dim, value_dim, block_g)
     tile_bytes = DENSE_TILE * (dim + block_dv) * dtype.itemsize
     value_blocks = ceil_div(value_dim, block_dv)
+    most = _most_splits(kv_heads * value_blocks, device)
     launcher = _dense_launcher(
-        device, heads // kv_heads, dim, value_dim, key_strides[2], value_strides[2], stride_mn,
-        mask_strides is not None, has_rows, has_only, softcap is not None,
+        device, heads // kv_heads, dim, value_dim, key_strides[2], value_strides[2],
+        stride_mn or 0, stride_mn is not None, has_rows, has_only, softcap is not None,
         _alignment(dtype, batch, heads, strides), _alignment(dtype, batch, kv_heads, key_strides),
         _alignment(dtype, batch, kv_heads, value_strides), block_g, block_d, block_dv, value_blocks,
         _stages(DENSE_STAGES, tile_bytes, device),
     )  # fmt: skip
-    scalars = (*strides[:2], *key_strides[:2], *value_strides[:2], stride_mb)
-    most = _most_splits(kv_heads * value_blocks, device)
-    return launcher, value_blocks, most, _exponent_scale(scaling, softcap), scalars
+    merge = _combine_launcher(device, value_dim, most, has_only, has_sinks)
+    scalars = (*strides[:2], *key_strides[:2], *value_strides[:2])
+    scale = _exponent_scale(scaling, softcap)
+    rows = batch, heads, kv_heads, value_dim
+    return _Dense(launcher, merge, device, rows, value_blocks, most, scale, scalars)
 
 
 @cache
@@ -520,6 +614,103 @@ def _dense_launcher(
         num_stages=stages,
         **dependent(device),
     )
+
+
+class Plain:
+    """Steps that differ in addresses and length, layer and seed alone: `prop` and `fused` without what
+    they look up each time, which takes the host as long as the rest.
+
+    Rows, exact rows, soft caps, sinks and seeds of each row go the long way.
+
+    Args:
+        query: (B, H, 1, D). key: (B, KVH, N, D). value: (B, KVH, N, Dv). mask: bool (B or 1, 1, 1, N)
+            or None: those of one step, which `are_valid` and `why_not` let pass.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> None:
+        self.batch, heads, _, _ = query.shape
+        self.shape = (self.batch, heads, 1, value.shape[3])
+        self._query = (query.device, query.dtype, query.shape, query.stride())
+        self._key = (key.shape[1], key.stride())
+        self._value = (value.shape[3], value.stride())
+        self._mask = None if mask is None else mask.stride(3)
+        self._drawn: dict[tuple[int, str, float], tuple[_Scores, _Sample]] = {}
+        self._exact: dict[float, _Dense] = {}
+
+    def prop(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        position: torch.Tensor,
+        samples: int,
+        estimator: str,
+        scaling: float,
+        seed: int,
+        layer: int,
+        head_offset: int,
+    ) -> torch.Tensor:
+        """As `prop`, of tensors like those that this was made of."""
+        plans = self._drawn.get((samples, estimator, scaling))
+        if plans is None:
+            plans = self._plans(samples, estimator, scaling)
+        length = key.shape[2]
+        bytes_, span = visible(mask, self.batch, False)
+        weights = plans[0](query, key, bytes_, span, None, None, length)
+        out = query.new_empty(self.shape)
+        plans[1](
+            value, span, None, None, None, None, _per_row(position, self.batch), weights, None, out,
+            seed, layer, head_offset, length,
+        )  # fmt: skip
+        return out
+
+    def _plans(self, samples: int, estimator: str, scaling: float) -> tuple[_Scores, _Sample]:
+        device, dtype, (batch, heads, *_), _ = self._query
+        kv_heads, _ = self._key
+        parts = samples > MANY_DRAWS
+        first = _scores_plan(
+            *self._query, *self._key, scaling, None, self._mask, False, False, parts
+        )
+        second = _sample_plan(
+            device, dtype, batch, heads, kv_heads, *self._value, samples, estimator,
+            self._mask is not None, False, False, False, False, True, False, parts,
+        )  # fmt: skip
+        self._drawn[samples, estimator, scaling] = first, second
+        return first, second
+
+    def dense(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """As `fused` with estimator "dense", of tensors like those that this was made of."""
+        plan = self._exact.get(scaling)
+        if plan is None:
+            plan = self._exact[scaling] = _dense_plan(
+                *self._query,
+                *self._key,
+                *self._value,
+                scaling,
+                None,
+                self._mask,
+                False,
+                False,
+                False,
+            )
+        bytes_, span = visible(mask, self.batch, True)
+        out = query.new_empty(self.shape)
+        plan(query, key, value, bytes_, span, None, None, None, out, key.shape[2])
+        return out
 
 
 def _flash(
@@ -626,7 +817,7 @@ def _flash_launcher(
     )
 
 
-@lru_cache(LAYOUTS)
+@lru_cache(KEPT)
 def partials(batch: int, heads: int, splits: int, value_dim: int) -> Layout:
     """Room for unnormalised outputs (B, H, splits, Dv), their maxima and their masses (B, H, splits)."""
     rows = batch, heads, splits
@@ -801,14 +992,18 @@ def visible(
 
 
 def _visible(mask: torch.Tensor, batch: int, has_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    row_stride = 0 if mask.shape[0] == 1 else mask.stride(0)
-    # Of mask.data, since the mask may keep its rows, and a view keeps what it is of.
-    rows = mask.data.view(torch.uint8)
-    rows = rows.as_strided((batch, mask.shape[3]), (row_stride, mask.stride(3)))
+    rows = _rows(mask, batch)
     span = torch.empty((batch, 2), dtype=torch.int32, device=mask.device)
     launcher = _span_launcher(mask.device, rows.stride(1), has_last)
     launcher((batch,), rows, span, rows.shape[1], rows.stride(0))
     return rows, span
+
+
+def _rows(mask: torch.Tensor, batch: int) -> torch.Tensor:
+    # Of mask.data: a mask that keeps its rows, and they it, would never be freed.
+    row_stride = 0 if mask.shape[0] == 1 else mask.stride(0)
+    rows = mask.data.view(torch.uint8)
+    return rows.as_strided((batch, mask.shape[3]), (row_stride, mask.stride(3)))
 
 
 @cache

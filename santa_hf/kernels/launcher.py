@@ -122,8 +122,7 @@ class Launcher:
                 self.compiled[tuple(key)] = compiled
             return
         values = (*addresses, *arguments[self._pointers :], *self._unread)
-        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        if _calls(knobs.runtime.launch_enter_hook) or _calls(knobs.runtime.launch_exit_hook):
             compiled[(*grid, 1, 1)](*values)
             return
         # As Triton does it, but for what only hooks would see.
@@ -137,3 +136,8 @@ class Launcher:
         """Launch through Triton, which compiles what it has not compiled yet."""
         tensors = [x.tensor() if isinstance(x, Part) else x for x in arguments]
         return self.kernel[grid](*tensors, **self.constants)
+
+
+def _calls(hook: Any) -> bool:
+    """Whether a launch hook of Triton does anything."""
+    return bool(hook.calls) if isinstance(hook, knobs.HookChain) else hook is not None
