@@ -38,7 +38,7 @@ import triton  # noqa: E402
 from triton.backends.nvidia.driver import CudaDriver  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 
-from santa_hf.kernels import latent, launch  # noqa: E402
+from santa_hf.kernels import dense, flash, host, latent, launch, sample, scores  # noqa: E402
 from santa_hf.kernels.launcher import Launcher  # noqa: E402
 
 STREAM = 4096
@@ -146,6 +146,8 @@ def calls() -> list[tuple[str, Callable[[], object]]]:
     latents, rotary, absorbed = states(1, 1, 300, 128), states(1, 1, 300, 32), states(1, 16, 1, 160)
     many = states(1, 32, 1, 160)
     over_latents = {"rotary_key": rotary, "scaling": 0.1, "mask": None}
+    seen = torch.rand(2, 1, 1, 300) < 0.7
+    plain, positions = launch.Plain(two, both, both, seen), torch.tensor([7, 300])
     return [
         ("prop", lambda: launch.prop(query, key, value, **step)),
         ("prop, longer", lambda: launch.prop(query, longer, longer, **{**step, "layer": 9})),
@@ -164,6 +166,11 @@ def calls() -> list[tuple[str, Callable[[], object]]]:
         ("prop, again", lambda: launch.prop(query, key, value, **step)),
         ("dense", lambda: launch.fused(query, key, value, **{**step, "estimator": "dense"})),
         ("flash", lambda: launch.fused(query, key, value, **step)),
+        (
+            "prop, short way",
+            lambda: plain.prop(two, both, both, seen, positions, 40, "systematic", 0.1, 3, 1, 0),
+        ),
+        ("dense, short way", lambda: plain.dense(two, both, both, seen, 0.1)),
         ("latent dense", lambda: latent.dense(absorbed, latents, latents, **over_latents)),
         ("latent dense, 32 heads", lambda: latent.dense(many, latents, latents, **over_latents)),
         ("latent prop", lambda: latent.prop(absorbed, latents, latents, **step, rotary_key=rotary)),
@@ -187,10 +194,11 @@ def main() -> None:
     torch.cuda.current_device = lambda: 0
     DRIVER.call_at_launches(record)
     watch_compilations()
-    launch.Launcher = latent.Launcher = OnGpu  # type: ignore[misc]
-    launch.dependent = lambda device: {"PDL": True, "launch_pdl": True}  # type: ignore[assignment]
-    launch.processors = lambda device: 132  # type: ignore[assignment]
-    launch.shared_memory = lambda device: 211 * 1024  # type: ignore[assignment]
+    for module in (host, scores, sample, dense, flash, latent):
+        module.Launcher = OnGpu  # type: ignore[attr-defined]
+    host.dependent = lambda device: {"PDL": True, "launch_pdl": True}  # type: ignore[assignment]
+    host.processors = lambda device: 132  # type: ignore[assignment]
+    host.shared_memory = lambda device: 211 * 1024  # type: ignore[assignment]
     for name, call in calls():
         before = len(compiled)
         found = []

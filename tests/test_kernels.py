@@ -44,7 +44,9 @@ from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from santa_hf.integration import attention  # noqa: E402
-from santa_hf.kernels import common, flash, launch  # noqa: E402
+from santa_hf.kernels import common, dense, flash, host, launch  # noqa: E402
+from santa_hf.kernels import sample as pass_2  # noqa: E402
+from santa_hf.kernels import scores as pass_1  # noqa: E402
 from santa_hf.kernels.launcher import ALIGNMENT, Launcher  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -202,8 +204,8 @@ def kernel_softmax(
 ) -> reference._TiledSoftmax:
     """The weights that pass 1 leaves, exactly, in the reference's form."""
     batch, heads = query.shape[:2]
-    mask, span = launch.visible(keywords["mask"], batch, True)
-    stash, top, total, done, parts = launch.scores(
+    mask, span = host.visible(keywords["mask"], batch, True)
+    stash, top, total, done, parts = pass_1.scores(
         query, key, scaling=keywords["scaling"], mask=mask, span=span,
         softcap=keywords.get("softcap"), parts=True,
     ).tensors()  # fmt: skip
@@ -218,7 +220,7 @@ def kernel_softmax(
     assert torch.equal(units.sum(-1), total.long())
     assert parts is not None
     parts = parts.transpose(2, 3).flatten(1, 2).masked_fill(empty[..., None], 0)
-    assert torch.equal(units.unflatten(-1, (-1, launch.PART)).sum(-1), parts.long())
+    assert torch.equal(units.unflatten(-1, (-1, pass_1.PART)).sum(-1), parts.long())
     peak = top.amax(-1, keepdim=True).double()
     sinks, sink = keywords.get("sinks"), None
     if sinks is not None:
@@ -452,10 +454,10 @@ def sums_of_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(launch, "MANY_DRAWS", 0)
 
 
-def recorded(sample: Callable[..., None], seen: list[launch.Weights]) -> Callable[..., None]:
+def recorded(sample: Callable[..., None], seen: list[pass_1.Weights]) -> Callable[..., None]:
     """Pass 2, and `seen` of what pass 1 left for it."""
 
-    def call(value: Any, span: Any, weights: launch.Weights, *rest: Any, **keywords: Any) -> None:
+    def call(value: Any, span: Any, weights: pass_1.Weights, *rest: Any, **keywords: Any) -> None:
         seen.append(weights)
         sample(value, span, weights, *rest, **keywords)
 
@@ -472,8 +474,8 @@ def test_sums_of_parts_change_no_draw(
     query, key, value, keywords = case(shape, mask)
     keywords = with_extras(keywords, query, EXTRAS)
     keywords["estimator"] = estimator
-    seen: list[launch.Weights] = []
-    monkeypatch.setattr(launch, "sample", recorded(launch.sample, seen))
+    seen: list[pass_1.Weights] = []
+    monkeypatch.setattr(launch, "sample", recorded(pass_2.sample, seen))
     for samples in (1, 33, 600) if CUDA else (20, 130):
         keywords["samples"] = samples
         results = []
@@ -598,7 +600,7 @@ def assert_dense_is_attention(
     # Weights are rounded to the dtype before the product with V, as in flash attention, relative to a
     # maximum that only rises, and to a multiple of its smallest number; then the sums in float32.
     dtype = query.dtype
-    depth = launch.DENSE_TILE + 3 * (key.shape[2] // launch.DENSE_TILE) + 16
+    depth = dense.DENSE_TILE + 3 * (key.shape[2] // dense.DENSE_TILE) + 16
     relative = 2 * torch.expm1(2 * worst) + 2 * unit_roundoff(dtype) + gamma(2 * depth, F32)
     smallest = torch.finfo(dtype).tiny * unit_roundoff(dtype)
     visible = (scores > -torch.inf).sum(-1, keepdim=True)
@@ -623,12 +625,13 @@ def test_a_fixed_budget_per_tile_equals_the_reference(
 @contextmanager
 def _one_block_of_values() -> Iterator[None]:
     """Columns of V are independent of each other, and the interpreter is slow: all at once there."""
-    blocks = launch._one_pass_blocks
+    blocks = host.one_pass_blocks
     with pytest.MonkeyPatch.context() as patch:
         if not CUDA:
+            dense.dense_plan.cache_clear()
             patch.setattr(
-                launch,
-                "_one_pass_blocks",
+                host,
+                "one_pass_blocks",
                 lambda dtype, dim, value_dim, block_g: (
                     blocks(dtype, dim, value_dim, block_g)[0],
                     max(16, triton.next_power_of_2(value_dim)),
@@ -1011,8 +1014,8 @@ def test_hidden_tiles_are_skipped_and_change_no_bit(estimator: str) -> None:
     mask[..., :first] = False
     mask[..., hidden] = False
     keywords.update(estimator=estimator, position=torch.tensor([599], device=DEVICE))
-    rows, span = launch.visible(mask, 1, True)
-    stash, top, total, *_ = launch.scores(
+    rows, span = host.visible(mask, 1, True)
+    stash, top, total, *_ = pass_1.scores(
         query, key, scaling=keywords["scaling"], mask=rows, span=span
     ).tensors()
     assert stash[:, :, 1:3].isnan().all()
@@ -1118,7 +1121,7 @@ def test_systematic_over_a_grid_of_uniforms(profile: str) -> None:
     samples, levels, seeds = 8, 12, torch.arange(2**15, device=DEVICE)
     query, key, softmax = row_of(profile, samples)
     _, _, value, keywords = case((1, 1, 1, 300, 32, 32, F32))
-    weights = launch.scores(
+    weights = pass_1.scores(
         query, key, scaling=keywords["scaling"], mask=None, span=None, parts=True
     )
     zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
@@ -1142,8 +1145,8 @@ def test_systematic_over_a_grid_of_uniforms(profile: str) -> None:
                 chosen.append(seeds_over_a_grid(offset, levels, within))
     rows = sum(map(len, chosen))
     index = torch.empty(rows, 1, samples, dtype=torch.int64, device=DEVICE)
-    many = launch.Weights(*(x.expand(rows, *x.shape[1:]).contiguous() for x in weights.tensors()))
-    launch.sample(
+    many = pass_1.Weights(*(x.expand(rows, *x.shape[1:]).contiguous() for x in weights.tensors()))
+    pass_2.sample(
         value.expand(rows, -1, -1, -1), None, many, query.new_empty(rows, 1, 1, 32),
         samples=samples, estimator="systematic", seed=torch.cat(chosen), layer=3, position=zero,
         head_offset=0, index=index,
@@ -1275,7 +1278,7 @@ def test_compiled_kernels_give_what_triton_s_dispatch_gives(
     for i in (0, 1, 2, 1, 0):
         assert torch.equal(run(kernel, *cases[i], **keywords), expected[i])
     torch.cuda.synchronize()
-    for jit in (launch.scores_kernel, launch.sample_kernel, launch.dense_kernel):
+    for jit in (pass_1.scores_kernel, pass_2.sample_kernel, dense.dense_kernel):
         jit.device_caches.clear()
     assert torch.equal(run(kernel, *cases[0], **keywords), expected[0])
     assert not dispatched
@@ -1290,7 +1293,7 @@ def test_a_growing_context_compiles_once(
     """Over a length at which pass 2 begins to walk more tiles at a time, all compiled by the first of
     200 steps; also with a mask, sinks, a soft cap and exact rows, which take every kernel there is."""
     query, _, _, keywords = case((2, 4, 2, 8, 64, 64, BF16))
-    boundary = launch.FEW_TILES * reference.TILE
+    boundary = pass_2.FEW_TILES * reference.TILE
     cache = torch.randn(2, 2, boundary + 256, 64, device=DEVICE).to(BF16)
     visible = torch.ones(2, 1, 1, boundary + 256, dtype=torch.bool, device=DEVICE)
     visible[1, ..., :77] = False
@@ -1299,19 +1302,20 @@ def test_a_growing_context_compiles_once(
         keywords["exact"] = torch.tensor([True, False], device=DEVICE)
     kernels = (
         common.span_kernel,
-        launch.scores_kernel,
-        launch.sample_kernel,
-        launch.dense_kernel,
-        launch.flash_kernel,
-        launch.combine_kernel,
+        pass_1.scores_kernel,
+        pass_2.sample_kernel,
+        dense.dense_kernel,
+        flash.flash_kernel,
+        dense.combine_kernel,
     )
 
     def compiled() -> int:
         return sum(len(k.device_caches[torch.cuda.current_device()][0]) for k in kernels)
 
-    for name, cached in vars(launch).items():
-        if name.endswith(("_launcher", "_plan")):
-            cached.cache_clear()
+    for module in (host, pass_1, pass_2, dense, flash):
+        for name, cached in vars(module).items():
+            if name.endswith(("_launcher", "_plan")):
+                cached.cache_clear()
     dispatched = dispatches(monkeypatch)
     counts, dispatches_by = [], []
     for step, length in enumerate(range(boundary - 100, boundary + 100)):
@@ -1567,8 +1571,8 @@ def test_layers_that_share_a_mask_find_its_span_once(
     padding[1, :77] = False
     expected = run(kernel, query, key, value, **{**keywords, "mask": padding[:, None, None]})
     found: list[Any] = []
-    find = launch._visible
-    monkeypatch.setattr(launch, "_visible", lambda *x: found.append(x[1:]) or find(*x))
+    find = host._visible
+    monkeypatch.setattr(host, "_visible", lambda *x: found.append(x[1:]) or find(*x))
     mask = shared.share(padding[:, None, None].clone())  # no view: what it keeps must not hold it
     for _ in range(3):
         assert torch.equal(run(kernel, query, key, value, **keywords | {"mask": mask}), expected)

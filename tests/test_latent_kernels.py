@@ -25,7 +25,7 @@ if not (CUDA or os.environ.get("TRITON_INTERPRET") == "1"):
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from santa_hf.kernels import latent, launch  # noqa: E402
+from santa_hf.kernels import host, latent, launch  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 F16 = torch.float16
@@ -104,7 +104,7 @@ def test_dense_is_as_near_to_float64_as_eager_code(
 def test_dense_on_other_gpus(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 heads a program, and fewer keys a tile where there is less shared memory."""
     monkeypatch.setattr(latent, "_multiplies_64_rows", lambda device: False)
-    monkeypatch.setattr(launch, "shared_memory", lambda device: memory - 16 * 1024)
+    monkeypatch.setattr(host, "shared_memory", lambda device: memory - 16 * 1024)
     query, latents, rotary_key, keywords = case((1, 70, 150, 40, 16, BF16), "padded")
     out = latent.dense(query, latents, latents, rotary_key=rotary_key, **keywords)
     query, out = query.transpose(1, 2), out.transpose(1, 2)

@@ -26,16 +26,16 @@ if importlib.util.find_spec("triton") is None:
 import triton
 import triton.language as tl
 
-from santa_hf.kernels import common, latent, launch, launcher
+from santa_hf.kernels import common, dense, flash, host, latent, launch, launcher, sample, scores
 from santa_hf.kernels.launcher import ALIGNMENT, Launcher, Layout
 
 JIT = [
     common.span_kernel,
-    launch.scores_kernel,
-    launch.sample_kernel,
-    launch.dense_kernel,
-    launch.flash_kernel,
-    launch.combine_kernel,
+    scores.scores_kernel,
+    sample.sample_kernel,
+    dense.dense_kernel,
+    flash.flash_kernel,
+    dense.combine_kernel,
     latent.latent_kernel,
     latent.latent_scores_kernel,
 ]
@@ -264,14 +264,14 @@ def test_what_is_not_compiled_yet_is_not_kept(
 
 def test_each_choice_of_constants_has_a_launcher() -> None:
     cpu, choices = torch.device("cpu"), (4, 64, 64, 1, False, False, False, False, False, 8, 8)
-    made = {launch._scores_launcher(cpu, *choices)}
+    made = {scores._scores_launcher(cpu, *choices)}
     for i, choice in enumerate(choices):
         other = [*choices]
         other[i] = not choice if isinstance(choice, bool) else 2 * choice
-        made.add(launch._scores_launcher(cpu, *other))
+        made.add(scores._scores_launcher(cpu, *other))
     assert len(made) == len(choices) + 1
     assert len({tuple(one.constants.values()) for one in made}) == len(made)
-    assert launch._scores_launcher(cpu, *choices) in made
+    assert scores._scores_launcher(cpu, *choices) in made
 
 
 @pytest.fixture
@@ -286,14 +286,15 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
         def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None: ...
 
+    modules = (host, scores, sample, dense, flash, latent)
     caches = [
         function
-        for module in (launch, latent)
+        for module in modules
         for name, function in vars(module).items()
         if name.endswith(("_launcher", "_plan"))
     ]
     assert len(caches) == len(JIT) + 3
-    for module in (launch, latent):
+    for module in modules:
         monkeypatch.setattr(module, "Launcher", Idle)
     for cached in caches:
         cached.cache_clear()
@@ -335,7 +336,7 @@ def test_alignment_divides_every_start_of_a_head(dtype: torch.dtype) -> None:
             tensor = storage.as_strided((batch, heads, 4, 8), (*strides, 8, 1))
             starts = [b * strides[0] + h * strides[1] for b in range(batch) for h in range(heads)]
             expected = next(a for a in (8, 4, 2, 1) if a <= most and not any(s % a for s in starts))
-            assert launch.alignment(tensor) == expected
+            assert host.alignment(tensor) == expected
 
 
 COMPILER = shutil.which("gcc") or shutil.which("cc")
@@ -367,8 +368,9 @@ def test_every_kernel_compiles_and_is_launched_as_triton_would(
     compiled: dict[str, tuple[int, int]],
 ) -> None:
     """`fake_driver.py` fails at the first difference."""
-    assert len(compiled) == 14
+    assert len(compiled) == 16
     assert compiled["prop, everything"] == (5, 5)  # span, scores, sample, dense, combine
+    assert compiled["prop, short way"][0] == compiled["dense, short way"][0] == 3
     assert all(launches >= 2 for launches, _ in compiled.values())
 
 

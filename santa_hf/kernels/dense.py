@@ -8,10 +8,23 @@ The keys are split: a program walks its tiles with a running maximum and leaves 
 # that the other side is not compiled)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
+from ..reference import length_of
+from . import host
 from .common import LOG2E, log2_weights, row_offsets
+from .launcher import Launcher, Layout, Part
+
+DENSE_TILE = 128
+DENSE_STAGES = 2
+DENSE_WARPS = 8
+COMBINE_SPLITS, COMBINE_COLUMNS = 128, 32  # splits at a time at most, columns of V at least
+COMBINE_SIZE, COMBINE_WARPS = 512, 1  # sums of a program
 
 
 @triton.jit
@@ -265,3 +278,209 @@ def combine_kernel(
         top = new
     b_out = tl.where(mass == 0.0, 0.0, b_out / mass)
     tl.store(p_out + i_row * DV + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < DV)
+
+
+def dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    mask: torch.Tensor | None,
+    span: torch.Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    only: torch.Tensor | None,
+    rows: torch.Tensor | None,
+) -> None:
+    """Exact attention for the rows of `out` that `only`, bool (B,), names; None for all."""
+    plan = dense_plan(
+        query.device, query.dtype, query.shape, query.stride(), key.shape[1], key.stride(),
+        value.shape[3], value.stride(), scaling, softcap, None if mask is None else mask.stride(1),
+        rows is not None, only is not None, sinks is not None,
+    )  # fmt: skip
+    plan(
+        query, key, value, mask, span, host.contiguous(rows), host.as_bytes(only),
+        host.contiguous(sinks), out, length_of(key, rows),
+    )  # fmt: skip
+
+
+class DensePlan(NamedTuple):
+    """Exact attention of steps that differ in addresses and length alone."""
+
+    launcher: Launcher
+    merge: Launcher
+    device: torch.device
+    shape: tuple[int, int, int, int]  # B, H, KVH, Dv
+    value_blocks: int
+    most: int  # splits of a long row
+    scale: tuple[float, float]
+    strides: tuple[int, ...]
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        span: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        only: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+        length: int,
+    ) -> None:
+        """Launch both kernels over `length` keys."""
+        launcher, merge, device, shape, value_blocks, most, scale, strides = self
+        batch, heads, kv_heads, value_dim = shape
+        split_tiles, splits = host.splits_of(length, DENSE_TILE, most)
+        partial, top, mass = partials(batch, heads, splits, value_dim).allocate(device)
+        launcher(
+            (splits * value_blocks, kv_heads, batch),
+            query, key, value, mask, span, rows, only, partial, top, mass, *scale, length,
+            split_tiles, *strides, host.mask_stride(mask, 0),
+        )  # fmt: skip
+        columns = merge.constants["BLOCK_DV"]
+        merge(
+            (host.ceil_div(value_dim, columns), heads, batch),
+            partial, top, mass, only, sinks, out, splits,
+        )  # fmt: skip
+
+
+@lru_cache(host.KEPT)
+def dense_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    kv_heads: int,
+    key_strides: tuple[int, ...],
+    value_dim: int,
+    value_strides: tuple[int, ...],
+    scaling: float,
+    softcap: float | None,
+    stride_mn: int | None,
+    has_rows: bool,
+    has_only: bool,
+    has_sinks: bool,
+) -> DensePlan:
+    """The plan of `dense`, of shapes and strides, and of which pointers there are."""
+    batch, heads, _, dim = shape
+    block_g = host.block_of_group(heads // kv_heads)
+    block_d, block_dv = host.one_pass_blocks(dtype, dim, value_dim, block_g)
+    tile_bytes = DENSE_TILE * (dim + block_dv) * dtype.itemsize
+    value_blocks = host.ceil_div(value_dim, block_dv)
+    most = host.most_splits(kv_heads * value_blocks, device)
+    launcher = _dense_launcher(
+        device, heads // kv_heads, dim, value_dim, key_strides[2], value_strides[2],
+        stride_mn or 0, stride_mn is not None, has_rows, has_only, softcap is not None,
+        host.alignment_of(dtype, batch, heads, strides),
+        host.alignment_of(dtype, batch, kv_heads, key_strides),
+        host.alignment_of(dtype, batch, kv_heads, value_strides), block_g, block_d, block_dv,
+        value_blocks, _stages(DENSE_STAGES, tile_bytes, device),
+    )  # fmt: skip
+    merge = _combine_launcher(device, value_dim, most, has_only, has_sinks)
+    scalars = (*strides[:2], *key_strides[:2], *value_strides[:2])
+    scale = host.exponent_scale(scaling, softcap)
+    rows = batch, heads, kv_heads, value_dim
+    return DensePlan(launcher, merge, device, rows, value_blocks, most, scale, scalars)
+
+
+@cache
+def _dense_launcher(
+    device: torch.device,
+    group: int,
+    dim: int,
+    value_dim: int,
+    stride_kn: int,
+    stride_vn: int,
+    stride_mn: int,
+    has_mask: bool,
+    has_rows: bool,
+    has_only: bool,
+    has_softcap: bool,
+    align_q: int,
+    align_k: int,
+    align_v: int,
+    block_g: int,
+    block_d: int,
+    block_dv: int,
+    value_blocks: int,
+    stages: int,
+) -> Launcher:
+    return Launcher(
+        dense_kernel,
+        device,
+        STRIDE_KN=stride_kn,
+        STRIDE_VN=stride_vn,
+        STRIDE_MN=stride_mn,
+        G=group,
+        D=dim,
+        DV=value_dim,
+        HAS_MASK=has_mask,
+        HAS_ROWS=has_rows,
+        HAS_ONLY=has_only,
+        HAS_SOFTCAP=has_softcap,
+        TILE=DENSE_TILE,
+        ALIGN_Q=align_q,
+        ALIGN_K=align_k,
+        ALIGN_V=align_v,
+        BLOCK_G=block_g,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        VALUE_BLOCKS=value_blocks,
+        num_warps=DENSE_WARPS,
+        num_stages=stages,
+        **host.dependent(device),
+    )
+
+
+def _stages(wanted: int, tile_bytes: int, device: torch.device) -> int:
+    """Software pipeline stages whose tiles fit in shared memory."""
+    return max(1, min(wanted, host.shared_memory(device) // tile_bytes))
+
+
+@lru_cache(host.KEPT)
+def partials(batch: int, heads: int, splits: int, value_dim: int) -> Layout:
+    """Room for unnormalised outputs (B, H, splits, Dv), their maxima and their masses (B, H, splits)."""
+    rows = batch, heads, splits
+    return Layout(((*rows, value_dim), torch.float32), (rows, torch.float32), (rows, torch.float32))
+
+
+def combine(
+    partial: Part,
+    top: Part,
+    mass: Part,
+    out: torch.Tensor,
+    splits: int,
+    most: int,
+    sinks: torch.Tensor | None,
+    only: torch.Tensor | None,
+) -> None:
+    """Merge splits, see `combine_kernel`; `most` is how many there would be of a long row."""
+    batch, heads, _, value_dim = out.shape
+    launcher = _combine_launcher(out.device, value_dim, most, only is not None, sinks is not None)
+    launcher(
+        (host.ceil_div(value_dim, launcher.constants["BLOCK_DV"]), heads, batch),
+        partial, top, mass, host.as_bytes(only), host.contiguous(sinks), out, splits,
+    )  # fmt: skip
+
+
+@cache
+def _combine_launcher(
+    device: torch.device, value_dim: int, most: int, has_only: bool, has_sinks: bool
+) -> Launcher:
+    block_s = min(triton.next_power_of_2(most), COMBINE_SPLITS)
+    block_dv = min(triton.next_power_of_2(value_dim), max(COMBINE_COLUMNS, COMBINE_SIZE // block_s))
+    return Launcher(
+        combine_kernel,
+        device,
+        DV=value_dim,
+        HAS_ONLY=has_only,
+        HAS_SINKS=has_sinks,
+        BLOCK_S=block_s,
+        BLOCK_DV=block_dv,
+        num_warps=COMBINE_WARPS,
+        **host.dependent(device),
+    )

@@ -15,10 +15,21 @@ product with the counts.
 # alone, so that the other side is not compiled; Triton has no conditional expression over two shapes)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 
+from ..reference import FIXED_TILE
+from ..rng import Stream
+from . import host
 from .common import log2_weights, row_offsets, uniform, weight_units
+from .dense import combine, partials
+from .launcher import Launcher
+
+WARPS = 4
+GROUP = 16  # query heads of a program at most
 
 
 @triton.jit
@@ -238,3 +249,109 @@ def flash_kernel(
     if i_dv == 0:
         tl.store(p_top + o_split, b_top, mask=in_g)
         tl.store(p_mass + o_split, b_mass, mask=in_g)
+
+
+def flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    mask: torch.Tensor | None,
+    span: torch.Tensor | None,
+    *,
+    samples: int,
+    estimator: str,
+    scaling: float,
+    seed: int | torch.Tensor,
+    layer: int,
+    position: torch.Tensor | None,
+    head_offset: int,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    only: torch.Tensor | None,
+) -> None:
+    """A fixed budget per tile for the rows of `out` that `only`, bool (B,), names; None for all."""
+    batch, heads, _, dim = query.shape
+    kv_heads, length, value_dim = key.shape[1], key.shape[2], value.shape[-1]
+    group, device = heads // kv_heads, query.device
+    stride_kb, stride_kh, stride_kn, _ = key.stride()
+    stride_vb, stride_vh, stride_vn, _ = value.stride()
+    row_seed, seed = (
+        (host.per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
+    )
+    block_g = min(host.block_of_group(group), GROUP)
+    block_d, block_dv = host.one_pass_blocks(query.dtype, dim, value_dim, block_g)
+    value_blocks, group_blocks = host.ceil_div(value_dim, block_dv), host.ceil_div(group, block_g)
+    most = host.most_splits(kv_heads * value_blocks * group_blocks, device)
+    split_tiles, splits = host.splits_of(length, FIXED_TILE, most)
+    partial, top, mass = partials(batch, heads, splits, value_dim).allocate(device)
+    launcher = _flash_launcher(
+        device, estimator, group, dim, value_dim, stride_kn, stride_vn, host.mask_stride(mask, 1),
+        mask is not None, only is not None, softcap is not None, row_seed is not None,
+        position is not None, host.alignment(query), host.alignment(key), host.alignment(value),
+        block_g, block_d, block_dv, value_blocks, group_blocks,
+    )  # fmt: skip
+    launcher(
+        (splits * value_blocks * group_blocks, kv_heads, batch),
+        query, key, value, mask, span, host.as_bytes(only), row_seed, host.per_row(position, batch),
+        partial, top, mass, *host.exponent_scale(scaling, softcap), seed, layer, head_offset, samples,
+        length, split_tiles, query.stride(0), query.stride(1), stride_kb, stride_kh, stride_vb,
+        stride_vh, host.mask_stride(mask, 0),
+    )  # fmt: skip
+    combine(partial, top, mass, out, splits, most, sinks, only)
+
+
+@cache
+def _flash_launcher(
+    device: torch.device,
+    estimator: str,
+    group: int,
+    dim: int,
+    value_dim: int,
+    stride_kn: int,
+    stride_vn: int,
+    stride_mn: int,
+    has_mask: bool,
+    has_only: bool,
+    has_softcap: bool,
+    has_seed: bool,
+    has_position: bool,
+    align_q: int,
+    align_k: int,
+    align_v: int,
+    block_g: int,
+    block_d: int,
+    block_dv: int,
+    value_blocks: int,
+    group_blocks: int,
+) -> Launcher:
+    return Launcher(
+        flash_kernel,
+        device,
+        STRIDE_KN=stride_kn,
+        STRIDE_VN=stride_vn,
+        STRIDE_MN=stride_mn,
+        G=group,
+        D=dim,
+        DV=value_dim,
+        HAS_MASK=has_mask,
+        HAS_ONLY=has_only,
+        HAS_SOFTCAP=has_softcap,
+        HAS_SEED=has_seed,
+        HAS_POSITION=has_position,
+        ESTIMATOR=estimator,
+        FIXED_TILE=int(Stream.FIXED_TILE),
+        FIXED_SAMPLE=int(Stream.FIXED_SAMPLE),
+        TILE=FIXED_TILE,
+        ALIGN_Q=align_q,
+        ALIGN_K=align_k,
+        ALIGN_V=align_v,
+        BLOCK_G=block_g,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        VALUE_BLOCKS=value_blocks,
+        GROUP_BLOCKS=group_blocks,
+        num_warps=WARPS,
+        num_stages=1,
+        **host.dependent(device),
+    )

@@ -21,9 +21,12 @@ import triton
 import triton.language as tl
 
 from ..reference import TILE
-from . import launch
+from . import host, launch
 from .common import LOG2E, log2_weights, row_offsets, weight_units
+from .dense import combine, partials
 from .launcher import Launcher
+from .sample import sample
+from .scores import Weights, weights_layout
 
 __all__ = ["decode", "dense", "prop", "scores", "why_not"]
 
@@ -338,7 +341,7 @@ def dense(
 ) -> torch.Tensor:
     """Exact attention over latents: `key` is also the value, and the rest as in `santa_decode`."""
     out = query.new_empty(*query.shape[:3], key.shape[3])
-    mask, span = launch.visible(mask, query.shape[0], True)
+    mask, span = host.visible(mask, query.shape[0], True)
     _dense(query, key, rotary_key, out, mask, span, scaling=scaling, only=None)
     return out
 
@@ -361,12 +364,12 @@ def prop(
     index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One sampled step over latents in two passes; arguments as in `launch.prop`."""
-    mask, span = launch.visible(mask, query.shape[0], True)
+    mask, span = host.visible(mask, query.shape[0], True)
     weights = scores(
         query, key, rotary_key=rotary_key, scaling=scaling, mask=mask, span=span, exact=exact
     )
     out = query.new_empty(*query.shape[:3], key.shape[3])
-    launch.sample(
+    sample(
         value, span, weights, out, samples=samples, estimator=estimator, seed=seed, layer=layer,
         position=position, head_offset=head_offset, exact=exact, index=index,
     )  # fmt: skip
@@ -397,24 +400,24 @@ def _dense(
     _, _, length, rank = key.shape
     device, rotary = query.device, rotary_key.shape[3]
     block_h = HEAD_BLOCK if heads > 16 and _multiplies_64_rows(device) else 16
-    room = launch.shared_memory(device) + 16 * 1024
+    room = host.shared_memory(device) + 16 * 1024
     block_n, block_r, block_e = _blocks(rank, rotary, query.element_size(), block_h, room)
-    blocks = launch.ceil_div(heads, block_h)
-    most = max(1, launch.processors(device) // (blocks * batch))
-    splits = min(most, launch.ceil_div(length, block_n))
-    partial, top, mass = launch.partials(batch, heads, splits, rank).allocate(device)
+    blocks = host.ceil_div(heads, block_h)
+    most = max(1, host.processors(device) // (blocks * batch))
+    splits = min(most, host.ceil_div(length, block_n))
+    partial, top, mass = partials(batch, heads, splits, rank).allocate(device)
     launcher = _dense_launcher(
-        device, heads, rank, rotary, key.stride(2), rotary_key.stride(2), launch.mask_stride(mask, 1),
-        mask is not None, only is not None, launch.alignment(query), launch.alignment(key),
-        launch.alignment(rotary_key), block_h, block_n, block_r, block_e,
+        device, heads, rank, rotary, key.stride(2), rotary_key.stride(2), host.mask_stride(mask, 1),
+        mask is not None, only is not None, host.alignment(query), host.alignment(key),
+        host.alignment(rotary_key), block_h, block_n, block_r, block_e,
     )  # fmt: skip
     launcher(
         (splits * blocks, batch),
-        query, key, rotary_key, mask, span, launch.as_bytes(only), partial, top, mass,
+        query, key, rotary_key, mask, span, host.as_bytes(only), partial, top, mass,
         scaling * LOG2E.value, length, query.stride(0), query.stride(1), key.stride(0),
-        rotary_key.stride(0), launch.mask_stride(mask, 0),
+        rotary_key.stride(0), host.mask_stride(mask, 0),
     )  # fmt: skip
-    launch.combine(partial, top, mass, out, splits, most, None, only)
+    combine(partial, top, mass, out, splits, most, None, only)
 
 
 @cache
@@ -472,7 +475,7 @@ def _dense_launcher(
         STAGES=BUFFERS if block_h == HEAD_BLOCK else None,
         num_warps=WARPS,
         num_stages=BUFFERS + 1,
-        **launch.dependent(device),
+        **host.dependent(device),
     )
 
 
@@ -492,25 +495,23 @@ def scores(
     mask: torch.Tensor | None,
     span: torch.Tensor | None,
     exact: torch.Tensor | None = None,
-) -> launch.Weights:
-    """Pass 1 over latents; arguments and results as in `launch.scores`."""
+) -> Weights:
+    """Pass 1 over latents; arguments and results as in `scores.scores`."""
     batch, heads, *_ = query.shape
     _, _, length, rank = key.shape
-    n_tiles, device = launch.ceil_div(length, TILE), query.device
-    weights = launch.Weights(
-        *launch.weights_layout(batch, 1, n_tiles, heads, False).allocate(device)
-    )
+    n_tiles, device = host.ceil_div(length, TILE), query.device
+    weights = Weights(*weights_layout(batch, 1, n_tiles, heads, False).allocate(device))
     launcher = _scores_launcher(
         device, heads, rank, rotary_key.shape[3], key.stride(2), rotary_key.stride(2),
-        launch.mask_stride(mask, 1), mask is not None, exact is not None, launch.alignment(query),
-        launch.alignment(key), launch.alignment(rotary_key),
+        host.mask_stride(mask, 1), mask is not None, exact is not None, host.alignment(query),
+        host.alignment(key), host.alignment(rotary_key),
     )  # fmt: skip
     launcher(
         (n_tiles, batch),
-        query, key, rotary_key, mask, span, launch.as_bytes(exact), weights.stash,
+        query, key, rotary_key, mask, span, host.as_bytes(exact), weights.stash,
         weights.top, weights.total, weights.done,
         scaling * LOG2E.value, length, query.stride(0), query.stride(1), key.stride(0),
-        rotary_key.stride(0), launch.mask_stride(mask, 0),
+        rotary_key.stride(0), host.mask_stride(mask, 0),
     )  # fmt: skip
     return weights
 
@@ -549,5 +550,5 @@ def _scores_launcher(
         BLOCK_D=SCORE_COLUMNS,
         num_warps=SCORE_WARPS,
         num_stages=SCORE_STAGES,
-        **launch.dependent(device),
+        **host.dependent(device),
     )

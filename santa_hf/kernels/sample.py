@@ -10,10 +10,25 @@ comparing its point with that prefix, and its row by an exact integer prefix ins
 # alone, so that the other side is not compiled; Triton has no conditional expression over two shapes)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
+from ..reference import TILE, length_of
+from ..rng import Stream
+from . import host
 from .common import LOG2E, points_below, uniform, weight_units
+from .launcher import Launcher, Layout
+from .scores import PART, Weights
+
+FEW_TILES, MANY_TILES = 64, 256  # tiles walked over at a time, by the length of the row
+MERGE_CHUNKS = 16  # partial sums of a head that are added at a time
+FEW_DRAWS = (
+    128  # draws up to which a program takes 16; with more it takes 32, or 64 with sums of parts
+)
 
 
 @triton.jit
@@ -314,3 +329,162 @@ def sample_kernel(
                     b_out += tl.sum(b_part, axis=0)
                 b_out = tl.where(spoiled, float("nan"), b_out / samples)
                 tl.store(p_out + i_row * DV + d + o_d, b_out.to(p_out.dtype.element_ty), mask=in_d)
+
+
+def sample(
+    value: torch.Tensor,
+    span: torch.Tensor | None,
+    weights: Weights,
+    out: torch.Tensor,
+    *,
+    samples: int,
+    estimator: str,
+    seed: int | torch.Tensor,
+    layer: int,
+    position: torch.Tensor | None,
+    head_offset: int,
+    sinks: torch.Tensor | None = None,
+    exact: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+) -> None:
+    """Pass 2, see `sample_kernel`: draws from the `weights` that `scores` left, into `out`."""
+    batch, heads, _, value_dim = out.shape
+    row_seed, seed = (
+        (host.per_row(seed, batch), 0) if isinstance(seed, torch.Tensor) else (None, seed)
+    )
+    plan = sample_plan(
+        out.device, value.dtype, batch, heads, value.shape[1], value_dim, value.stride(), samples,
+        estimator, span is not None, rows is not None, exact is not None, sinks is not None,
+        row_seed is not None, position is not None, index is not None, weights.parts is not None,
+    )  # fmt: skip
+    plan(
+        value, span, host.contiguous(rows), host.as_bytes(exact), host.contiguous(sinks), row_seed,
+        host.per_row(position, batch), weights, index, out, seed, layer, head_offset,
+        length_of(value, rows),
+    )  # fmt: skip
+
+
+class SamplePlan(NamedTuple):
+    """Pass 2 of steps that differ in addresses and length, in layer and seed alone."""
+
+    launcher: Launcher
+    device: torch.device
+    grid: tuple[int, int, int]
+    partial: Layout | None  # room for the sums of several chunks of draws
+    samples: int
+    strides: tuple[int, ...]
+
+    def __call__(
+        self,
+        value: torch.Tensor,
+        span: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        exact: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        row_seed: torch.Tensor | None,
+        position: torch.Tensor | None,
+        weights: Weights,
+        index: torch.Tensor | None,
+        out: torch.Tensor,
+        seed: int,
+        layer: int,
+        head_offset: int,
+        length: int,
+    ) -> None:
+        """Launch pass 2 over `length` keys."""
+        launcher, device, grid, layout, samples, strides = self
+        stash, top, total, done, parts = weights
+        partial = out if layout is None else layout.allocate(device)[0]
+        launcher(
+            grid,
+            value, span, rows, exact, sinks, row_seed, position, stash, parts, top, total, done,
+            partial, index, out, seed, length - 1, layer, head_offset, samples, length, top.shape[2],
+            *strides,
+        )  # fmt: skip
+
+
+@lru_cache(host.KEPT)
+def sample_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    value_dim: int,
+    strides: tuple[int, ...],
+    samples: int,
+    estimator: str,
+    *has: bool,
+) -> SamplePlan:
+    """The plan of `sample`, of shapes and strides, and of which pointers there are."""
+    launcher = _sample_launcher(
+        device, samples <= FEW_DRAWS, estimator, heads // kv_heads, value_dim, strides[2],
+        *has, host.alignment_of(dtype, batch, kv_heads, strides),
+    )  # fmt: skip
+    chunks = host.ceil_div(samples, launcher.constants["BLOCK_S"])
+    partial = Layout(((batch, heads, chunks, value_dim), torch.float32)) if chunks > 1 else None
+    return SamplePlan(launcher, device, (chunks, heads, batch), partial, samples, strides[:2])
+
+
+@cache
+def _sample_launcher(
+    device: torch.device,
+    few: bool,
+    estimator: str,
+    group: int,
+    value_dim: int,
+    stride_vn: int,
+    has_span: bool,
+    has_rows: bool,
+    has_exact: bool,
+    has_sinks: bool,
+    has_seed: bool,
+    has_position: bool,
+    has_index: bool,
+    has_parts: bool,
+    align: int,
+) -> Launcher:
+    return Launcher(
+        sample_kernel,
+        device,
+        STRIDE_VN=stride_vn,
+        G=group,
+        DV=value_dim,
+        HAS_SPAN=has_span,
+        HAS_ROWS=has_rows,
+        HAS_EXACT=has_exact,
+        HAS_SINKS=has_sinks,
+        HAS_SEED=has_seed,
+        HAS_POSITION=has_position,
+        HAS_INDEX=has_index,
+        HAS_PARTS=has_parts,
+        ESTIMATOR=estimator,
+        GRID=int(Stream.GRID),
+        TILE_OFFSET=int(Stream.TILE),
+        SAMPLE=int(Stream.SAMPLE),
+        TILE=TILE,
+        PART=PART,
+        ALIGN=align,
+        BLOCK_DV=host.block_of(value_dim),
+        **_sample_blocks(few, has_parts),
+        **host.dependent(device),
+    )
+
+
+@cache
+def _sample_blocks(few: bool, parts: bool) -> dict[str, int]:
+    """Draws of a program of pass 2, chunks merged and tiles walked at a time: by the budget alone, so
+    that a row is summed alike in any batch.
+
+    One warp needs no barrier between its steps, which wait for each other.
+    """
+    return {
+        "BLOCK_S": 16 if few else 64 if parts else 32,
+        "BLOCK_C": MERGE_CHUNKS // 2 if few else MERGE_CHUNKS,
+        "BLOCK_T": MANY_TILES,
+        "LOG2_BLOCK_T": MANY_TILES.bit_length() - 1,
+        "FEW_TILES": FEW_TILES,
+        "LOG2_FEW_TILES": FEW_TILES.bit_length() - 1,
+        "num_warps": 1,
+    }

@@ -16,10 +16,20 @@ result is bitwise the same alone and in any batch.
 # that the other side is not compiled)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
+from ..reference import TILE, length_of
+from . import host
 from .common import log2_weights, row_offsets, weight_units
+from .launcher import Launcher, Layout, Part
+
+WARPS = 8
+PART = 16  # keys of a tile that a draw passes at a time
 
 
 @triton.jit(
@@ -140,3 +150,164 @@ def scores_kernel(
     tl.store(p_stash + o_stash, b_weight, mask=in_g[:, None], eviction_policy="evict_last")
     tl.store(p_top + o_tile, b_top, mask=in_g)
     tl.store(p_total + o_tile, b_total, mask=in_g)
+
+
+class Weights(NamedTuple):
+    """What pass 1 leaves of every tile, see `scores_kernel`; nothing of rows that are exact.
+
+    Attributes:
+        stash: weights, float16 (B, KVH, T, G, TILE); not written where no key is visible.
+        top: largest exponent, float32 (B, H, T); -inf where no key is visible.
+        total: sum of the weights in units of 2**-23, int32 (B, H, T); 0 where no key is visible, 1
+            where top is +inf.
+        done: zeros for pass 2 to count in, int32 (B, H).
+        parts: sums of PART weights in the same units, int32 (B, KVH, T, G, TILE // PART), if asked for;
+            not written where no key is visible.
+    """
+
+    stash: Part
+    top: Part
+    total: Part
+    done: Part
+    parts: Part | None = None
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Views of the parts, to look at."""
+        return [None if part is None else part.tensor() for part in self]
+
+
+def scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    scaling: float,
+    mask: torch.Tensor | None,
+    span: torch.Tensor | None,
+    exact: torch.Tensor | None = None,
+    softcap: float | None = None,
+    rows: torch.Tensor | None = None,
+    parts: bool = False,
+) -> Weights:
+    """Pass 1, see `scores_kernel`; `span` is that of the mask, rows that are `exact` are skipped."""
+    plan = scores_plan(
+        query.device, query.dtype, query.shape, query.stride(), key.shape[1], key.stride(), scaling,
+        softcap, None if mask is None else mask.stride(1), rows is not None, exact is not None, parts,
+    )  # fmt: skip
+    length = length_of(key, rows)
+    return plan(query, key, mask, span, host.contiguous(rows), host.as_bytes(exact), length)
+
+
+class ScoresPlan(NamedTuple):
+    """Pass 1 of steps that differ in addresses and length alone."""
+
+    launcher: Launcher
+    device: torch.device
+    batch: int
+    kv_heads: int
+    group: int
+    parts: bool
+    scale: tuple[float, float]
+    strides: tuple[int, ...]
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        span: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        exact: torch.Tensor | None,
+        length: int,
+    ) -> Weights:
+        """Launch pass 1 over `length` keys."""
+        launcher, device, batch, kv_heads, group, parts, scale, strides = self
+        n_tiles = host.ceil_div(length, TILE)
+        weights = Weights(*weights_layout(batch, kv_heads, n_tiles, group, parts).allocate(device))
+        launcher(
+            (n_tiles, kv_heads, batch),
+            query, key, mask, span, rows, exact, weights.stash, weights.parts, weights.top,
+            weights.total, weights.done, *scale, length, *strides, host.mask_stride(mask, 0),
+        )  # fmt: skip
+        return weights
+
+
+@lru_cache(host.KEPT)
+def scores_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    kv_heads: int,
+    key_strides: tuple[int, ...],
+    scaling: float,
+    softcap: float | None,
+    stride_mn: int | None,
+    has_rows: bool,
+    has_exact: bool,
+    parts: bool,
+) -> ScoresPlan:
+    """The plan of `scores`, of shapes and strides, and of which pointers there are."""
+    batch, heads, _, dim = shape
+    group = heads // kv_heads
+    launcher = _scores_launcher(
+        device, group, dim, key_strides[2], stride_mn or 0, stride_mn is not None, has_rows, has_exact,
+        softcap is not None, parts, host.alignment_of(dtype, batch, heads, strides),
+        host.alignment_of(dtype, batch, kv_heads, key_strides),
+    )  # fmt: skip
+    scalars = (*strides[:2], *key_strides[:2])
+    scale = host.exponent_scale(scaling, softcap)
+    return ScoresPlan(launcher, device, batch, kv_heads, group, parts, scale, scalars)
+
+
+@cache
+def _scores_launcher(
+    device: torch.device,
+    group: int,
+    dim: int,
+    stride_kn: int,
+    stride_mn: int,
+    has_mask: bool,
+    has_rows: bool,
+    has_exact: bool,
+    has_softcap: bool,
+    has_parts: bool,
+    align_q: int,
+    align_k: int,
+) -> Launcher:
+    return Launcher(
+        scores_kernel,
+        device,
+        STRIDE_KN=stride_kn,
+        STRIDE_MN=stride_mn,
+        G=group,
+        D=dim,
+        HAS_MASK=has_mask,
+        HAS_ROWS=has_rows,
+        HAS_EXACT=has_exact,
+        HAS_SOFTCAP=has_softcap,
+        HAS_PARTS=has_parts,
+        TILE=TILE,
+        PART=PART,
+        ALIGN_Q=align_q,
+        ALIGN=align_k,
+        BLOCK_G=host.block_of_group(group),
+        BLOCK_D=host.block_of(dim),
+        num_warps=WARPS,
+        num_stages=1,
+        **host.dependent(device),
+    )
+
+
+@lru_cache(host.KEPT)
+def weights_layout(batch: int, kv_heads: int, n_tiles: int, group: int, parts: bool) -> Layout:
+    """Room for `Weights`."""
+    tiles, heads = (batch, kv_heads, n_tiles, group), (batch, kv_heads * group)
+    room = [
+        ((*tiles, TILE), torch.float16),
+        ((*heads, n_tiles), torch.float32),
+        ((*heads, n_tiles), torch.int32),
+        (heads, torch.int32),
+    ]
+    if parts:
+        room.append(((*tiles, TILE // PART), torch.int32))
+    return Layout(*room)
