@@ -4,12 +4,13 @@
     compute-sanitizer --tool racecheck python tests/sanitizer.py
 
 Without PyTorch's caching, each tensor is an allocation of its own, so that an access behind its
-end is seen. No test of pytest's: it needs a GPU and the tool.
+end is seen; so is here each part of a workspace. No test of pytest's: it needs a GPU and the tool.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -19,11 +20,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from santa_hf import santa_decode
 from santa_hf.functional import decode_valid
+from santa_hf.kernels.launcher import Layout, Part
+
+
+def apart(layout: Layout, device: torch.device) -> list[Part]:
+    """`Layout.allocate`, with memory of its own for each part."""
+    parts = []
+    for _, shape, dtype in layout.places:
+        memory = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device)
+        parts.append(Part(memory, memory.data_ptr(), 0, shape, dtype))
+    return parts
 
 
 def main() -> None:
     """Run all kernels; a wrong access ends the tool with an error."""
     calls = 0
+    Layout.allocate = apart  # type: ignore[method-assign]
     torch.manual_seed(0)
     kernels = [("dense", "auto", 1), ("systematic", "flash", 60)]
     kernels += [(name, "prop", 50) for name in ("systematic", "stratified", "multinomial")]
