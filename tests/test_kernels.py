@@ -44,10 +44,10 @@ from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from santa_hf.integration import attention  # noqa: E402
-from santa_hf.kernels import common, dense, flash, host, launch  # noqa: E402
+from santa_hf.kernels import common, dense, flash, host, launch, launcher  # noqa: E402
 from santa_hf.kernels import sample as pass_2  # noqa: E402
 from santa_hf.kernels import scores as pass_1  # noqa: E402
-from santa_hf.kernels.launcher import ALIGNMENT, Launcher  # noqa: E402
+from santa_hf.kernels.launcher import ALIGNMENT, Launcher, Layout, Part  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 ESTIMATORS = ("systematic", "stratified", "multinomial")
@@ -1560,6 +1560,42 @@ def test_a_model_takes_the_short_way_and_generates_the_same(
             results.append(model.generate(**inputs, max_new_tokens=4, do_sample=False))
             assert taken == ([name] * 3 * tiny.LAYERS if found is way else [])
         assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_nothing_is_written_between_the_parts_of_a_workspace(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into gaps of 4 KiB, that conftest.py fills as it does memory that nobody wrote."""
+    workspaces: list[tuple[Layout, torch.Tensor]] = []
+    allocate = Layout.allocate
+
+    def recorded(layout: Layout, device: torch.device) -> list[Part]:
+        parts = allocate(layout, device)
+        workspaces.append((layout, parts[0]._memory))
+        return parts
+
+    def forget() -> None:
+        for cached in (pass_1.weights_layout, pass_2.sample_plan, dense.partials):
+            cached.cache_clear()
+
+    query, key, value, keywords = case((2, 6, 2, 300, 32, 24, F32), "both")
+    keywords["samples"] = 20
+    monkeypatch.setattr(Layout, "allocate", recorded)
+    monkeypatch.setattr(launcher, "ALIGNMENT", 4096)
+    monkeypatch.setattr(launch, "MANY_DRAWS", 0)
+    forget()
+    run(kernel, query, key, value, **keywords)
+    forget()
+    assert len(workspaces) == (2 if kernel == "prop" else 1)
+    for layout, memory in workspaces:
+        gaps = torch.ones_like(memory, dtype=torch.bool)
+        for offset, shape, dtype in layout.places:
+            gaps[offset : offset + math.prod(shape) * dtype.itemsize] = False
+        assert gaps.sum() > 1000
+        poison = torch.full((len(memory) // 4,), 2**31 - 1, dtype=torch.int32, device=DEVICE)
+        assert torch.equal(memory[gaps], poison.view(torch.uint8)[gaps])
+        assert not torch.equal(memory, poison.view(torch.uint8))
 
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
