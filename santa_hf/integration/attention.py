@@ -335,7 +335,7 @@ def _decode(
 
     Args:
         valid: whether the tensors are known to be valid, and need no check that names what is wrong.
-        plain: what `plain_step` says of them; kernels that were asked for by name go another way.
+        plain: what `plain_step` says of them; taken where the kernels of "prop" are wanted.
     """
     batch, heads = query.shape[:2]
     if config.kernel != "prop" and not (config.kernel == "auto" and query.is_cuda):
