@@ -17,7 +17,7 @@ from transformers.masking_utils import (
 )
 
 import santa_hf
-from santa_hf.integration.attention import santa_mask
+from santa_hf.integration.masks import santa_mask
 
 NEW_TOKENS = 6
 DECODE_STEPS = NEW_TOKENS - 1  # the first token comes out of the prefill

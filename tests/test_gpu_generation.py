@@ -18,8 +18,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import santa_hf
 from santa_hf import santa_decode
-from santa_hf.integration.attention import santa_attention, santa_mask
+from santa_hf.integration.attention import santa_attention
 from santa_hf.integration.cache import InPlaceLayer, InPlaceSlidingWindowLayer
+from santa_hf.integration.masks import santa_mask
 
 pytestmark = pytest.mark.gpu
 

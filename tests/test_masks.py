@@ -19,7 +19,7 @@ from transformers.masking_utils import (
 )
 
 import santa_hf
-from santa_hf.integration.attention import santa_mask
+from santa_hf.integration.masks import santa_mask
 
 CACHES = ["dynamic", "static", "of full layers"]
 # A window is 40 long: rows begin below it, end above it, or are above it from the start.
@@ -147,10 +147,10 @@ def test_masks_cost_little_and_no_wait(
         def watch(most: int = most, **step: Any) -> torch.Tensor | None:
             if isinstance(step["q_offset"], torch.Tensor):
                 # As on a GPU, where its value is not on the host: checking it would be a wait.
-                monkeypatch.setattr("santa_hf.integration.attention._on_host", lambda _: False)
+                monkeypatch.setattr("santa_hf.integration.masks._on_host", lambda _: False)
                 most = 4
             else:
-                monkeypatch.setattr("santa_hf.integration.attention._on_host", lambda _: True)
+                monkeypatch.setattr("santa_hf.integration.masks._on_host", lambda _: True)
             with _Operations() as operations:
                 mask = santa_mask(**step)
             assert operations.reads == 0

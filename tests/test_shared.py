@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from santa_hf import functional
-from santa_hf.integration import attention
+from santa_hf.integration import attention, masks
 from santa_hf.shared import once, share
 
 
@@ -60,18 +60,18 @@ def test_a_mask_of_somebody_else_is_asked_every_time() -> None:
 def test_layers_of_a_step_share_and_steps_do_not(mode: Any, each: int, monkeypatch: Any) -> None:
     """But in inference mode, where nobody could tell whether the mask was written to."""
     model = tiny.use(tiny.build("llama"), "santa", samples=4, min_context=3)
-    masks: list[Any] = []
+    shared: list[Any] = []
     derived: list[Any] = []
-    make, derive = attention.share, attention.once
+    make, derive = masks.share, attention.once
 
     def recorded(mask: torch.Tensor) -> torch.Tensor:
-        masks.append(weakref.ref(mask))
+        shared.append(weakref.ref(mask))
         return make(mask)
 
     def counted(mask: torch.Tensor, what: Any, how: Any) -> Any:
         return derive(mask, what, lambda: derived.append(what) or how())
 
-    monkeypatch.setattr(attention, "share", recorded)
+    monkeypatch.setattr(masks, "share", recorded)
     monkeypatch.setattr(attention, "once", counted)
     tokens = torch.randint(5, 60, (2, 9))
     padding = torch.ones_like(tokens)
@@ -80,10 +80,10 @@ def test_layers_of_a_step_share_and_steps_do_not(mode: Any, each: int, monkeypat
         model.generate(
             tokens, attention_mask=padding, max_new_tokens=6, min_new_tokens=6, do_sample=False
         )
-    assert len(masks) == 5
+    assert len(shared) == 5
     assert len(derived) == 5 * each
     gc.collect()
-    assert not any(mask() is not None for mask in masks)  # nothing keeps them
+    assert not any(mask() is not None for mask in shared)  # nothing keeps them
 
 
 def test_a_compiled_step_leaves_nothing_with_its_mask(monkeypatch: Any) -> None:

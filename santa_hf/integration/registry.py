@@ -46,9 +46,10 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    from .attention import santa_attention, santa_mask
+    from .attention import santa_attention
     from .cache import use_santa_layers
     from .given import check_given
+    from .masks import santa_mask
     from .mla import adopt_at_load
     from .paged import PAGED, allow_continuous_batching, santa_paged_attention, santa_paged_mask
     from .prefill import mark_prefill
