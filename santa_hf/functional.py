@@ -16,6 +16,9 @@ from .rng import MAX_LAYERS
 
 __all__ = ["are_valid", "decode_valid", "plain_step", "santa_decode"]
 
+KINDS = 1024  # of tensors, that `plain_step` remembers
+_plain: dict[tuple[Any, ...], tuple[Any, int]] = {}
+
 
 def santa_decode(
     query: torch.Tensor,
@@ -207,13 +210,14 @@ def plain_step(
     where there is none.
 
     What makes tensors valid, and the kernels able to run on them, is found out once for each kind of
-    tensors; their length alone is looked at every time. Not for traced code.
+    tensors; their length alone is looked at every time, and whether a gradient is wanted by nobody here.
+    Not for traced code.
     """
     if position is None or not query.ndim == key.ndim == value.ndim == 4:
         return None
     kv_batch, kv_heads, length, key_dim = key.shape
     value_batch, value_heads, value_length, value_dim = value.shape
-    if length != value_length:
+    if length != value_length or length == 0:
         return None
     of_mask = None
     if mask is not None:
@@ -228,23 +232,30 @@ def plain_step(
     )  # fmt: skip
     known = _plain.get(kind)
     if known is None:
-        plain, longest = None, 0
-        kernels = _kernels()
-        if kernels is not None and are_valid(query, key, value, mask, position, None, None):
-            launch, _ = kernels
-            longest = launch.MAX_LENGTH
-            with torch.no_grad():  # the caller's affair, which is no matter of kinds
-                if launch.why_not(query, key[:, :, :1], value[:, :, :1]) is None:
-                    plain = launch.Plain(query, key, value, mask)
+        known = _plain_of_kind(query, key, value, mask, position)
         if len(_plain) >= KINDS:
             _plain.clear()
-        known = _plain[kind] = plain, longest
+        _plain[kind] = known
     plain, longest = known
     return plain if length <= longest else None
 
 
-KINDS = 1024  # of tensors, that `plain_step` remembers
-_plain: dict[tuple[Any, ...], tuple[Any, int]] = {}
+def _plain_of_kind(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    position: torch.Tensor,
+) -> tuple[Any, int]:
+    """The short way of steps like this one, and the most keys that it takes."""
+    kernels = _kernels()
+    if kernels is None or not are_valid(query, key, value, mask, position, None, None):
+        return None, 0
+    launch, _ = kernels
+    with torch.no_grad():  # the caller looks after gradients
+        if launch.why_not(query, key[:, :, :1], value[:, :, :1]) is not None:
+            return None, 0
+    return launch.Plain(query, key, value, mask), launch.MAX_LENGTH
 
 
 def _is_index(rows: torch.Tensor, batch: int, device: torch.device) -> bool:
@@ -280,8 +291,8 @@ def _operator(
 ) -> torch.Tensor:
     """Implementation of `santa_hf::decode`, which a compiled graph calls.
 
-    The mask of the caller may arrive as the very object, with what layers keep on it (see `shared`):
-    that would outlive the call in memory that belongs to a CUDA graph.
+    The mask is often the object that the caller holds. What `shared.once` kept with it would lie in the
+    memory of a CUDA graph and outlive this call, so it is given another.
     """
     return _run(
         query, key, value, mask=None if mask is None else mask.detach(), position=position,

@@ -20,7 +20,7 @@ def share(mask: torch.Tensor) -> torch.Tensor:
 
 def once(mask: torch.Tensor, what: Hashable, derive: Callable[[], T]) -> T:
     """`derive()`, of the mask's contents and of `what` alone; kept with a mask that was made by `share`,
-    for this stream, until it is written to.
+    for this stream, until it is written to (not past autograd's count of writes, through `.data`).
 
     Derived each time where a write would go unnoticed: in inference mode, where tensors count none, and
     in a CUDA graph that is being captured, whose mask may hold something else at a replay.

@@ -17,6 +17,7 @@ from transformers.masking_utils import (
 )
 
 import santa_hf
+from santa_hf import functional
 from santa_hf.integration.masks import santa_mask
 
 NEW_TOKENS = 6
@@ -311,3 +312,12 @@ def test_stopping_late_undoes_one_step(family: str, monkeypatch: pytest.MonkeyPa
         ):
             assert torch.equal(one.keys, other.keys)
             assert torch.equal(one.values, other.values)
+
+
+def test_a_cpu_needs_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may not even be possible to import there."""
+    monkeypatch.setattr(functional, "_kernels", lambda: pytest.fail("imports the kernels"))
+    (prompt,) = tiny.prompts(9)
+    for estimator in ("systematic", "dense"):
+        model = tiny.use(tiny.build("llama"), "santa", samples=4, estimator=estimator)
+        model.generate(prompt, max_new_tokens=3, do_sample=False)

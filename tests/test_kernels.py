@@ -638,6 +638,7 @@ def _one_block_of_values() -> Iterator[None]:
                 ),
             )
         yield
+    dense.dense_plan.cache_clear()
 
 
 def weight_of_keys(
@@ -1475,68 +1476,117 @@ def test_the_short_way_draws_the_same_bits(mask: str | None, samples: int) -> No
 def kind_of_step(**changes: Any) -> tuple[Any, ...]:
     """query, key, value, mask and position of a step, but for `changes`."""
     given = {
-        "dtype": F16, "batch": 2, "heads": 4, "kv_heads": 2, "length": 40, "values": 40, "dim": 32,
-        "room": 64, "mask": (2, 1, 1, 40), "mask_dtype": torch.bool, "position": (2,),
-        "position_dtype": torch.int64, "key_dtype": F16, "kv_batch": 2,
+        "length": 40, "batch": 2, "heads": 4, "query_dtype": F16, "query_transposed": False,
+        "key_batch": 2, "key_heads": 2, "key_dim": 32, "key_room": 64, "key_dtype": F16, "key_step": 1,
+        "value_batch": 2, "value_heads": 2, "value_dim": 24, "value_room": 64, "value_dtype": F16,
+        "value_step": 1, "value_length": 40, "mask": 2, "mask_heads": 1, "mask_step": 1,
+        "mask_dtype": torch.bool, "mask_length": 40, "position": 2, "position_dtype": torch.int64,
     } | changes  # fmt: skip
-    query = torch.randn(given["batch"], given["heads"], 1, given["dim"]).to(DEVICE, given["dtype"])
-    shape = given["kv_batch"], given["kv_heads"], given["room"], given["dim"]
-    key, value = (torch.randn(shape).to(DEVICE, given["key_dtype"]) for _ in "kv")
-    mask = given["mask"] and torch.ones(given["mask"], device=DEVICE).to(given["mask_dtype"])
-    position = given["position"] and torch.zeros(
-        given["position"], dtype=given["position_dtype"], device=DEVICE
-    )
-    return query, key[:, :, : given["length"]], value[:, :, : given["values"]], mask, position
+
+    def normal(*shape: int, dtype: Any, step: int = 1) -> torch.Tensor:
+        return torch.randn(*shape[:-1], shape[-1] * step).to(DEVICE, dtype)[..., ::step]
+
+    batch, heads, dim = given["batch"], given["heads"], given["key_dim"]
+    query = normal(batch, heads, 1, dim, dtype=given["query_dtype"])
+    if given["query_transposed"]:
+        query = query.transpose(0, 1).contiguous().transpose(0, 1)
+    states = [
+        normal(
+            *(given[f"{name}_{what}"] for what in ("batch", "heads", "room", "dim")),
+            dtype=given[f"{name}_dtype"],
+            step=given[f"{name}_step"],
+        )
+        for name in ("key", "value")
+    ]
+    mask, position = None, None
+    if given["mask"]:
+        shape = given["mask"], given["mask_heads"], 1, given["mask_length"] * given["mask_step"]
+        mask = (torch.rand(shape, device=DEVICE) < 0.7).to(given["mask_dtype"])
+        mask = mask[..., :: given["mask_step"]]
+    if given["position"]:
+        position = torch.arange(given["position"], device=DEVICE).to(given["position_dtype"])
+    key, value = states[0][:, :, : given["length"]], states[1][:, :, : given["value_length"]]
+    return query, key, value, mask, position
 
 
+def longer(length: int) -> dict[str, int]:
+    return {"length": length, "value_length": length, "mask_length": length}
+
+
+@pytest.fixture
+def no_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`plain_step` has seen nothing yet."""
+    monkeypatch.setattr(functional, "_plain", {})
+
+
+@pytest.mark.usefixtures("no_kinds")
 @pytest.mark.parametrize(
     "changes",
     [
-        {"batch": 3, "kv_batch": 3, "mask": (3, 1, 1, 40), "position": (3,)},
-        {"heads": 8}, {"kv_heads": 4}, {"dim": 16}, {"room": 41},
-        {"mask": None}, {"mask": (1, 1, 1, 40)}, {"dtype": F32, "key_dtype": F32},
+        {"batch": 3, "key_batch": 3, "value_batch": 3, "mask": 3, "position": 3},
+        {"heads": 8}, {"key_heads": 4, "value_heads": 4}, {"key_dim": 16}, {"value_dim": 32},
+        {"key_room": 71}, {"value_room": 71}, {"query_transposed": True}, {"mask": None}, {"mask": 1},
+        {"mask_step": 2}, {"query_dtype": F32, "key_dtype": F32, "value_dtype": F32},
     ],
     ids=str,
 )  # fmt: skip
 def test_another_kind_of_step_has_another_short_way(changes: dict[str, Any]) -> None:
-    first, other = plain_step(*kind_of_step()), plain_step(*kind_of_step(**changes))
-    assert isinstance(first, launch.Plain)
-    assert isinstance(other, launch.Plain)
-    assert first is not other
-    # The same for other contents and another length.
-    longer = {"length": 47, "values": 47}
-    mask = changes.get("mask", (2, 1, 1, 40))
-    again = kind_of_step(**changes | longer | {"mask": mask and (*mask[:3], 47)})
-    assert plain_step(*again) is other or changes.get("room") == 41  # whose stride grew
-    assert plain_step(*kind_of_step()) is first
+    """Which draws what the long way does, before and after it has seen a longer cache."""
+    found = []
+    for kind in ({}, changes, changes | longer(47), longer(47), {}):
+        query, key, value, mask, position = kind_of_step(**kind)
+        plain = plain_step(query, key, value, mask, position)
+        assert isinstance(plain, launch.Plain)
+        found.append(plain)
+        out = plain.prop(query, key, value, mask, position, 5, "systematic", 0.2, 7, 3, 2)
+        expected = launch.prop(
+            query, key, value, samples=5, estimator="systematic", scaling=0.2, mask=mask, seed=7,
+            layer=3, position=position, head_offset=2,
+        )  # fmt: skip
+        assert torch.equal(out, expected)
+    one, other, *rest = found
+    assert one is not other
+    assert rest == [other, one, one]
 
 
+@pytest.mark.usefixtures("no_kinds")
 @pytest.mark.parametrize(
     "changes",
     [
-        {"values": 39}, {"key_dtype": F32}, {"kv_batch": 1}, {"heads": 5}, {"mask": (2, 1, 1, 39)},
-        {"mask": (2, 1, 40)}, {"mask": (2, 4, 1, 40)}, {"mask_dtype": torch.float16},
-        {"position": (1,)}, {"position_dtype": torch.int32}, {"position": None},
-        {"dtype": torch.float64, "key_dtype": torch.float64},
+        {"heads": 5}, {"query_dtype": F32}, {"key_dtype": F32}, {"value_dtype": F32},
+        {"key_batch": 1}, {"value_batch": 1}, {"value_heads": 1}, {"value_length": 39},
+        {"key_step": 2}, {"value_step": 2}, {"mask_length": 39}, {"mask_heads": 4}, {"mask": 3},
+        {"mask_dtype": torch.float16}, {"position": 1}, {"position": None},
+        {"position_dtype": torch.int32},
+        {"query_dtype": torch.float64, "key_dtype": torch.float64, "value_dtype": torch.float64},
+        longer(0),
     ],
     ids=str,
 )  # fmt: skip
 def test_steps_without_a_short_way(changes: dict[str, Any]) -> None:
+    """Though one that is like them but for this has one."""
     for _ in range(2):
+        assert plain_step(*kind_of_step()) is not None
         assert plain_step(*kind_of_step(**changes)) is None
 
 
+@pytest.mark.usefixtures("no_kinds")
 def test_the_short_way_ends_where_the_kernels_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_plain", {})
     monkeypatch.setattr(launch, "MAX_LENGTH", 47)
     for length, within in ((40, True), (48, False), (47, True)):
-        step = kind_of_step(length=length, values=length, mask=(2, 1, 1, length))
-        assert (plain_step(*step) is not None) == within
+        assert (plain_step(*kind_of_step(**longer(length))) is not None) == within
     # What is remembered is bounded.
     monkeypatch.setattr(functional, "KINDS", 3)
+    monkeypatch.setattr(host, "KEPT", 3)
     for room in range(41, 50):
-        assert plain_step(*kind_of_step(room=room)) is not None
+        step = kind_of_step(key_room=room)
+        plain = plain_step(*step)
         assert len(functional._plain) <= 3
+    for samples in range(1, 9):
+        plain.prop(*step, samples, "systematic", 0.2, 7, 3, 0)
+        plain.dense(*step[:4], samples / 10)
+        assert len(plain._drawn) <= 3
+        assert len(plain._exact) <= 3
 
 
 def test_a_model_takes_the_short_way_and_generates_the_same(
@@ -1552,14 +1602,23 @@ def test_a_model_takes_the_short_way_and_generates_the_same(
     inputs = {k: x.to(DEVICE) for k, x in tiny.left_padded(tiny.prompts(30, 41)).items()}
     way = attention.plain_step
     for estimator, name in (("systematic", "prop"), ("dense", "dense")):
-        tiny.use(model, "santa", samples=9, estimator=estimator, kernel="prop")
         results = []
-        for found in (way, lambda *_: None):
+        for kernel, found in (("prop", way), ("prop", lambda *_: None), ("auto", way)):
             taken.clear()
             monkeypatch.setattr(attention, "plain_step", found)
-            results.append(model.generate(**inputs, max_new_tokens=4, do_sample=False))
-            assert taken == ([name] * 3 * tiny.LAYERS if found is way else [])
-        assert torch.equal(*results)
+            tiny.use(model, "santa", samples=9, estimator=estimator, kernel=kernel)
+            results.append(model.generate(**inputs, max_new_tokens=3, do_sample=False))
+            short = found is way and (kernel == "prop" or CUDA)
+            assert taken == ([name] * 2 * tiny.LAYERS if short else [])
+        assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("kernel", ["flash", "reference"])
+def test_another_kernel_goes_its_own_way(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "plain_step", lambda *_: pytest.fail("not asked for"))
+    model = tiny.use(tiny.build("llama").to(DEVICE), "santa", samples=9, kernel=kernel)
+    (prompt,) = tiny.prompts(12)
+    model.generate(prompt.to(DEVICE), max_new_tokens=2, do_sample=False)
 
 
 @pytest.mark.parametrize("kernel", list(KERNELS))

@@ -49,6 +49,23 @@ def test_a_write_in_inference_mode_does_not_go_unnoticed() -> None:
         assert once(mask, "sum", lambda: int(mask.sum())) == 6
 
 
+def test_each_stream_derives_for_itself(monkeypatch: Any) -> None:
+    """What one stream has launched, another would not wait for."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    stream = [0]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda index: stream[0], raising=False
+    )
+    mask, calls = share(row(True, False).as_subclass(OnGpu)), []
+    for stream[0] in (0, 7, 0, 7):
+        once(mask, "sum", lambda: calls.append(stream[0]))
+    assert calls == [0, 7]
+
+
 def test_a_mask_of_somebody_else_is_asked_every_time() -> None:
     mask, calls = row(True, True), []
     for _ in range(2):

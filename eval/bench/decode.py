@@ -104,10 +104,10 @@ class Arm:
         return f"{self.attention}{method}, {cache}{'' if self.cudnn else ', no cuDNN'}"
 
 
-PLAIN = Arm("sdpa", None, False, False, cudnn=False)
+SDPA_NO_CUDNN = Arm("sdpa", None, False, False, cudnn=False)
 ARMS = (
     Arm("sdpa", None, False, False),
-    PLAIN,
+    SDPA_NO_CUDNN,
     Arm("santa", "dense", False, False),
     Arm("santa", "systematic", False, False),
     Arm("santa", "systematic", True, True),
@@ -308,7 +308,9 @@ def _settle(model: PreTrainedModel, turns: Turns) -> None:
     """Decode until steps no longer get faster: the first seconds of a process load libraries."""
     times = [float("inf")]
     for _ in range(6):
-        times.append(statistics.median(measure(model, PLAIN, 1, FLOOR_CONTEXT, 8, turns)[0].times))
+        times.append(
+            statistics.median(measure(model, SDPA_NO_CUDNN, 1, FLOOR_CONTEXT, 8, turns)[0].times)
+        )
         if times[-1] > 0.97 * min(times[:-1]):
             break
 
@@ -412,7 +414,7 @@ def _arms(
             if wanted(arm.name) and not arm.compiled:
                 yield context, batch, arm.name, arm
         if wanted(LAUNCH_FLOOR):
-            yield FLOOR_CONTEXT, batch, LAUNCH_FLOOR, PLAIN
+            yield FLOOR_CONTEXT, batch, LAUNCH_FLOOR, SDPA_NO_CUDNN
     for arm in ARMS:
         if wanted(arm.name) and arm.compiled:
             for context, batch in cases:

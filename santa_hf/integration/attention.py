@@ -72,9 +72,12 @@ def santa_attention(
     latent = mla.are_latents(module, key, value)
     position = _position(query.shape[0], kwargs)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    config = layer_config(module, santa, query.device)
     plain = None
-    if not (latent or torch.compiler.is_compiling()) and rows is softcap is sinks is None:
-        plain = plain_step(query, key, value, attention_mask, position)
+    if config.kernel == "prop" or (config.kernel == "auto" and query.is_cuda):
+        traced = torch.compiler.is_compiling()
+        if not (latent or traced) and rows is None and softcap is None and sinks is None:
+            plain = plain_step(query, key, value, attention_mask, position)
     valid = plain is not None or (
         not latent and are_valid(query, key, value, attention_mask, position, softcap, sinks, rows)
     )
@@ -82,7 +85,6 @@ def santa_attention(
         if rows is not None:
             key, value, rows = in_order(key, rows), in_order(value, rows), None
         _check_inputs(query, key, value, attention_mask, latent)
-    config = layer_config(module, santa, query.device)
     seed = None if santa is not None else traced_seed(module, query.device)
     head_offset = _head_offset(module, query.shape[1])
     if head_offset is None:
@@ -192,11 +194,9 @@ def _decode(
 
     Args:
         valid: whether the tensors are known to be valid, and need no check that names what is wrong.
-        plain: what `plain_step` says of them; taken where the kernels of "prop" are wanted.
+        plain: what `plain_step` says of them; None where another kernel is wanted.
     """
     batch, heads = query.shape[:2]
-    if config.kernel != "prop" and not (config.kernel == "auto" and query.is_cuda):
-        plain = None
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
 

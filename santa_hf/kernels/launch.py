@@ -143,8 +143,8 @@ def fused(
 
 
 class Plain:
-    """Steps that differ in addresses and length, layer and seed alone: `prop` and `fused` without what
-    they look up each time, which takes the host as long as the rest.
+    """Steps whose tensors differ in addresses and length alone: `prop` and `fused` without what they
+    look up each time, which takes the host as long as the rest.
 
     Rows, exact rows, soft caps, sinks and seeds of each row go the long way.
 
@@ -208,6 +208,8 @@ class Plain:
             device, dtype, batch, heads, kv_heads, *self._value, samples, estimator,
             self._mask is not None, False, False, False, False, True, False, parts,
         )  # fmt: skip
+        if len(self._drawn) >= host.KEPT:
+            self._drawn.clear()
         self._drawn[samples, estimator, scaling] = first, second
         return first, second
 
@@ -222,6 +224,8 @@ class Plain:
         """As `fused` with estimator "dense", of tensors like those that this was made of."""
         plan = self._exact.get(scaling)
         if plan is None:
+            if len(self._exact) >= host.KEPT:
+                self._exact.clear()
             plan = self._exact[scaling] = dense_plan(
                 *self._query, *self._key, *self._value, scaling, None, self._mask, False, False, False
             )  # fmt: skip

@@ -26,9 +26,8 @@ from .scores import PART, Weights
 
 FEW_TILES, MANY_TILES = 64, 256  # tiles walked over at a time, by the length of the row
 MERGE_CHUNKS = 16  # partial sums of a head that are added at a time
-FEW_DRAWS = (
-    128  # draws up to which a program takes 16; with more it takes 32, or 64 with sums of parts
-)
+# Draws up to which a program takes 16; with more it takes 32, or 64 where there are sums of parts.
+FEW_DRAWS = 128
 
 
 @triton.jit
@@ -417,7 +416,8 @@ def sample_plan(
     estimator: str,
     *has: bool,
 ) -> SamplePlan:
-    """The plan of `sample`, of shapes and strides, and of which pointers there are."""
+    """The plan of `sample`, of shapes and strides, and of whether it `has` a span, rows, exact rows,
+    sinks, seeds, positions, an index and sums of parts."""
     launcher = _sample_launcher(
         device, samples <= FEW_DRAWS, estimator, heads // kv_heads, value_dim, strides[2],
         *has, host.alignment_of(dtype, batch, kv_heads, strides),
