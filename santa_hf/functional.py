@@ -147,6 +147,7 @@ def _run(
     kernel: str,
     **others: Any,
 ) -> torch.Tensor:
+    """Compute the step of `decode_valid`, whoever is compiling meanwhile."""
     scored = softcap is not None or sinks is not None
     decode = _implementation(query, key, value, rotary_key, rows, scored, estimator, kernel)
     if rotary_key is not None:
@@ -210,8 +211,8 @@ def plain_step(
     where there is none.
 
     What makes tensors valid, and the kernels able to run on them, is found out once for each kind of
-    tensors; their length alone is looked at every time, and whether a gradient is wanted by nobody here.
-    Not for traced code.
+    tensors; their length alone is looked at every time. Not for traced code, nor for tensors that need
+    a gradient, which the caller has to rule out.
     """
     if position is None or not query.ndim == key.ndim == value.ndim == 4:
         return None

@@ -495,12 +495,12 @@ def test_sinks_may_be_strided_and_of_16_bits(estimator: str) -> None:
     query, key, value, keywords = case((1, 6, 2, 200, 64, 64, F32))
     keywords["estimator"] = estimator
     sinks = torch.randn(12, generator=torch.Generator().manual_seed(1)).to(DEVICE, F16)[::2] + 3
-    launcher = launch.fused if estimator == "dense" else launch.prop
+    decode = launch.fused if estimator == "dense" else launch.prop
     spread = torch.stack((sinks, -sinks), -1)[:, 0]
     assert not spread.is_contiguous()
     for narrow in (spread, sinks):
-        got = launcher(query, key, value, **{**keywords, "sinks": narrow})
-        want = launcher(query, key, value, **{**keywords, "sinks": sinks.float()})
+        got = decode(query, key, value, **{**keywords, "sinks": narrow})
+        want = decode(query, key, value, **{**keywords, "sinks": sinks.float()})
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 

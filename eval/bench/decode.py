@@ -8,9 +8,8 @@ the next, at lengths that the process has not decoded at before: cuDNN's attenti
 Hopper where it has the choice, prepares anew for each. The default cache is therefore measured without
 it too. A step is then taken apart by the GPU time of its kernels: products with weights, attention
 (with the copies that a kernel needs, such as repeated heads), writing and copying the cache, and the
-rest;
-`idle` is what is left of the step. Floors are the bytes that a step cannot avoid over the bandwidth of
-one plain read, measured in the same run.
+rest; `idle` is what is left of the step. Floors are the bytes that a step cannot avoid over the
+bandwidth of one plain read, measured in the same run.
 """
 
 from __future__ import annotations

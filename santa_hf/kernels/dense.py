@@ -341,11 +341,7 @@ class DensePlan(NamedTuple):
             query, key, value, mask, span, rows, only, partial, top, mass, *scale, length,
             split_tiles, *strides, host.mask_stride(mask, 0),
         )  # fmt: skip
-        columns = merge.constants["BLOCK_DV"]
-        merge(
-            (host.ceil_div(value_dim, columns), heads, batch),
-            partial, top, mass, only, sinks, out, splits,
-        )  # fmt: skip
+        _merge(merge, partial, top, mass, only, sinks, out, splits)
 
 
 @lru_cache(host.KEPT)
@@ -459,11 +455,27 @@ def combine(
     only: torch.Tensor | None,
 ) -> None:
     """Merge splits, see `combine_kernel`; `most` is how many there would be of a long row."""
+    launcher = _combine_launcher(
+        out.device, out.shape[3], most, only is not None, sinks is not None
+    )
+    rows = host.as_bytes(only)
+    _merge(launcher, partial, top, mass, rows, host.contiguous(sinks), out, splits)
+
+
+def _merge(
+    launcher: Launcher,
+    partial: Part,
+    top: Part,
+    mass: Part,
+    only: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    splits: int,
+) -> None:
     batch, heads, _, value_dim = out.shape
-    launcher = _combine_launcher(out.device, value_dim, most, only is not None, sinks is not None)
     launcher(
         (host.ceil_div(value_dim, launcher.constants["BLOCK_DV"]), heads, batch),
-        partial, top, mass, host.as_bytes(only), host.contiguous(sinks), out, splits,
+        partial, top, mass, only, sinks, out, splits,
     )  # fmt: skip
 
 

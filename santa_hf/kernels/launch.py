@@ -29,8 +29,8 @@ __all__ = ["Plain", "fused", "prop", "why_not"]
 MAX_LENGTH = 2**23 - 2
 MAX_DIM = 1024
 MAX_GROUP = 128
-# Draws from which on pass 1 leaves sums of parts for pass 2, whose bytes fewer draws do not repay (H100,
-# 4x32k, 256 draws: 97.5 us against 100.7).
+# With more draws pass 1 leaves sums of parts for pass 2, whose bytes fewer draws do not repay (H100,
+# 4x32k, 256 draws: 97.5 us without them against 100.7).
 MANY_DRAWS = 512
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -67,7 +67,7 @@ class Launcher:
     """A kernel with its constants and options on one device: `launcher(grid, *arguments)`.
 
     At every launch Triton binds the arguments by name, asks each what the code depends on, and prints
-    the answers into the key of its cache: 12 to 25 us of the host (eval/bench/results/launches.txt).
+    the answers into the key of its cache: 30 to 50 us of the host (eval/bench/results/launches.txt).
     Here it does so once for each key, and the kernel that it compiled is launched from then on.
     Beyond the constants the code of our kernels depends on three things of a pointer: whether there is
     one, its dtype, and whether it is a multiple of 16 bytes. Scalars have a type written beside them and
